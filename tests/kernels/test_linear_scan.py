@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqarch.kernels import linear_scan, use
+from seqarch.kernels import linear_scan, linear_scan_step, use
 
 from .agreement import DEVICE, assert_agree, error
 
@@ -139,6 +139,15 @@ class TestLaws:
         a, b, h0 = inputs(2, 0, 3)
         h, hT = linear_scan(a, b, h0, reverse=reverse, backend=backend)
         assert h.shape == (2, 0, 3) and torch.equal(hT, h0)
+
+
+def test_stepping_equals_the_scan():
+    a, b, h0 = inputs(2, 9, 3)
+    h, _ = linear_scan(a, b, h0)
+    state = h0
+    for t in range(9):
+        state = linear_scan_step(a[:, t], b[:, t], state)
+        torch.testing.assert_close(state, h[:, t])
 
 
 def test_memory_is_linear_in_length():

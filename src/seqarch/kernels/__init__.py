@@ -5,6 +5,24 @@ automatic choice for a block of code.
 """
 
 from ._dispatch import BACKENDS, default_dtype, use
-from .linear_scan import linear_scan
+from .additive_attention import additive_scores
+from .gated_rnn import gru_scan, gru_step, lstm_scan, lstm_step, rnn_scan, rnn_step
+from .linear_scan import linear_scan, linear_scan_step
+from .softmax_scan import softmax_scan, softmax_scan_step
 
-__all__ = ["BACKENDS", "default_dtype", "linear_scan", "use"]
+__all__ = [
+    "BACKENDS",
+    "additive_scores",
+    "default_dtype",
+    "gru_scan",
+    "gru_step",
+    "linear_scan",
+    "linear_scan_step",
+    "lstm_scan",
+    "lstm_step",
+    "rnn_scan",
+    "rnn_step",
+    "softmax_scan",
+    "softmax_scan_step",
+    "use",
+]

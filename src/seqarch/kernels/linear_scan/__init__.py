@@ -16,7 +16,7 @@ from .._dispatch import accumulate_dtype, check_same, check_shape, check_values,
 from .parallel import linear_scan_parallel
 from .reference import linear_scan_reference
 
-__all__ = ["linear_scan"]
+__all__ = ["linear_scan", "linear_scan_step"]
 
 
 def linear_scan(
@@ -70,6 +70,15 @@ def linear_scan(
     from .triton import linear_scan_triton
 
     return linear_scan_triton(a, b, h0, reverse)
+
+
+def linear_scan_step(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """One step for streaming: the state after ``h`` ``(B, D)``, given a ``(B, D)`` or ``(B, 1)`` and b ``(B, D)``."""
+    sizes: dict[str, int] = {}
+    check_shape("b", b, "B D", sizes)
+    check_shape("h", h, "B D", sizes)
+    check_shape("a", a, "B 1" if isinstance(a, Tensor) and a.ndim == 2 and a.shape[-1] == 1 else "B D", sizes)
+    return a * h + b
 
 
 @functools.cache
