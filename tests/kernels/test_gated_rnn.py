@@ -92,7 +92,7 @@ def test_agrees_with_the_definition(backend, dtype, cell, B, T, H, with_state, s
 
 @pytest.mark.parametrize("backend", ["triton", "parallel"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(**half_shapes)
 def test_half_precision(backend, dtype, cell, B, T, H, with_state, saturated, seed):
     compare(backend, dtype, cell, B, T, H, with_state, saturated, seed)
@@ -255,7 +255,7 @@ b_h = torch.zeros(9, device=DEVICE)
         (lambda: lstm_scan(xp, w_h, h0[:1]), r"expected h0 of shape \(B, H\) with B = 2, H = 3, got \(1, 3\)"),
         (lambda: lstm_scan(xp, w_h, h0, s0[:, :2]), r"expected s0 of shape \(B, H\) with B = 2, H = 3, got \(2, 2\)"),
         (lambda: gru_scan(xp[..., :9], w_h[:9], b_h[:6]), r"expected b_h of shape \(3H\) with 3H = 9, got \(6,\)"),
-        (lambda: rnn_scan(xp[..., :3], w_h), r"expected w_h of shape \(H, H\) with H = 3, got \(12, 3\)"),
+        (lambda: rnn_scan(xp[..., :3], w_h), r"expected w_h of shape \(H, H\) with H = 3.* got \(12, 3\)"),
         (lambda: rnn_scan(xp[..., :3].long(), w_h[:3]), "expected xp to be of a floating-point .* got torch.int64"),
         (lambda: rnn_scan([1.0], w_h), r"expected xp to be a tensor of shape \(B, T, H\), got list"),
         (

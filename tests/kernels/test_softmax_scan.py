@@ -50,7 +50,11 @@ def runner(backend, m=None):
 def masked_softmax(s, v):
     """What the scan computes, said differently: a T x T table of scores, the future masked, softmax over each row."""
     T = s.shape[-1]
-    table = s[..., None, :].expand(*s.shape, T).masked_fill(torch.ones(T, T, device=s.device).triu(1).bool(), -torch.inf)
+    table = (
+        s[..., None, :]
+        .expand(*s.shape, T)
+        .masked_fill(torch.ones(T, T, device=s.device).triu(1).bool(), -torch.inf)
+    )
     return table.softmax(-1) @ v
 
 
@@ -100,12 +104,17 @@ def test_the_chunked_form_agrees_in_float64(**case):
 @pytest.mark.parametrize("E", [1, 16, 33])
 def test_is_masked_softmax_attention(backend, T, E):
     s, v, *_ = inputs(1, 2, T, E)
-    x, y = [a.detach().clone().requires_grad_() for a in (s, v)], [a.double().requires_grad_() for a in (s, v)]
+    x, y = (
+        [a.detach().clone().requires_grad_() for a in (s, v)],
+        [a.double().requires_grad_() for a in (s, v)],
+    )
     got, want = softmax_scan(*x, backend=backend)[0], masked_softmax(*y)
     g = torch.randn_like(got)
     assert error(got, want) < 1e-5
     grads, wanted = torch.autograd.grad(got, x, g), torch.autograd.grad(want, y, g.double())
-    for a, b in zip(grads, wanted, strict=True):  # with one token the gradient of s is 0: an absolute bound too
+    for a, b in zip(
+        grads, wanted, strict=True
+    ):  # with one token the gradient of s is 0: an absolute bound too
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -114,7 +123,13 @@ def test_more_columns_than_one_block(backend):
     """The Triton path splits wide values over programs, and adds their parts of the gradient of s."""
     s, v, m, u, w = inputs(1, 1, 70, 150)
     assert_agree(
-        runner(backend, m), runner("reference", m), [v, s, u, w], steps=70, names=NAMES, loose=LOOSE, matmul=True
+        runner(backend, m),
+        runner("reference", m),
+        [v, s, u, w],
+        steps=70,
+        names=NAMES,
+        loose=LOOSE,
+        matmul=True,
     )
 
 
@@ -171,7 +186,10 @@ class TestLaws:
         s, v, *_ = inputs(1, 2, 70, 4)
         s = (s * 64).round() / 64  # exact also next to 1e4 in float32
         torch.testing.assert_close(
-            softmax_scan(s + shift, v, backend=backend)[0], softmax_scan(s, v, backend=backend)[0], rtol=0, atol=1e-4
+            softmax_scan(s + shift, v, backend=backend)[0],
+            softmax_scan(s, v, backend=backend)[0],
+            rtol=0,
+            atol=1e-4,
         )
 
     def test_equal_scores_give_the_running_mean(self, backend):
@@ -191,7 +209,9 @@ class TestLaws:
         hidden = torch.arange(70, device=DEVICE) < 65
         o, state = softmax_scan(s.masked_fill(hidden, -torch.inf), v, backend=backend)
         assert torch.equal(o[..., :65, :], torch.zeros_like(o[..., :65, :]))
-        torch.testing.assert_close(o[..., 65:, :], softmax_scan(s[..., 65:], v[..., 65:, :], backend=backend)[0])
+        torch.testing.assert_close(
+            o[..., 65:, :], softmax_scan(s[..., 65:], v[..., 65:, :], backend=backend)[0]
+        )
         grads = torch.autograd.grad(o.sum() + state[1].sum() + state[2].sum(), (s, v))
         assert all(torch.isfinite(g).all() for g in grads)
         assert torch.equal(grads[1][..., :65, :], torch.zeros_like(grads[1][..., :65, :]))
@@ -252,7 +272,9 @@ def test_memory_is_linear_in_length():
 
 def test_compiled_without_graph_break():
     s, v, *_ = inputs(1, 2, 20, 3)
-    scan = torch.compile(lambda s, v: softmax_scan(s, v, backend="triton")[0] * 2, backend="aot_eager", fullgraph=True)
+    scan = torch.compile(
+        lambda s, v: softmax_scan(s, v, backend="triton")[0] * 2, backend="aot_eager", fullgraph=True
+    )
     torch.testing.assert_close(scan(s, v), softmax_scan(s, v)[0] * 2)
 
 
@@ -277,14 +299,23 @@ s, v, *state = inputs(2, 3, 8, 4)
     "arguments, message",
     [
         ((s[0], v), r"expected s of shape \(B, H, T\), got \(3, 8\)"),
-        ((s, v[:, :, :5]), r"expected v of shape \(B, H, T, E\) with B = 2, H = 3, T = 8, got \(2, 3, 5, 4\)"),
+        (
+            (s, v[:, :, :5]),
+            r"expected v of shape \(B, H, T, E\) with B = 2, H = 3, T = 8, got \(2, 3, 5, 4\)",
+        ),
         ((s, v[..., :0]), r"expected v with E of at least 1, got \(2, 3, 8, 0\)"),
         ((s.long(), v), "expected s of a floating-point dtype, got torch.int64"),
         ((s, v + 0j), "expected v of a floating-point dtype, got torch.complex64"),
         ((s, v, state[:2]), r"expected state to be a triple \(m, u, w\), got list of length 2"),
         ((s, v, 3), r"expected state to be a triple \(m, u, w\), got int"),
-        ((s, v, (state[0][:1], *state[1:])), r"expected state m of shape \(B, H\) with B = 2, H = 3, got \(1, 3\)"),
-        ((s, v, (*state[:2], state[2][..., :1])), r"expected state w of shape \(B, H, E\) with .* got \(2, 3, 1\)"),
+        (
+            (s, v, (state[0][:1], *state[1:])),
+            r"expected state m of shape \(B, H\) with B = 2, H = 3, got \(1, 3\)",
+        ),
+        (
+            (s, v, (*state[:2], state[2][..., :1])),
+            r"expected state w of shape \(B, H, E\) with .* got \(2, 3, 1\)",
+        ),
         ((s.to("meta"), v), "expected s on .* like v, got meta"),
         (([1.0], v), "expected s to be a tensor of shape .* got list"),
     ],

