@@ -50,7 +50,11 @@ def main() -> int:
     seqarch.seed_everything(0)
     repeats = arguments.repeats or (100 if device.type == "cuda" else 7)
     bandwidth = copy_bandwidth(device)
-    report = {"machine": machine(device, arguments.threads), "dtype": arguments.dtype, "copy_GB/s": bandwidth / 1e9}
+    report = {
+        "machine": machine(device, arguments.threads),
+        "dtype": arguments.dtype,
+        "copy_GB/s": bandwidth / 1e9,
+    }
     print(" · ".join(f"{k} {v}" for k, v in report["machine"].items()))
     print(f"{arguments.dtype}, copy bandwidth measured in this run: {bandwidth / 1e9:.1f} GB/s, {repeats} repeats\n")
     rows = []
@@ -70,10 +74,18 @@ def machine(device: torch.device, threads: int) -> dict[str, str]:
     if device.type == "cuda":
         import triton
 
-        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+        facts |= {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+        }
     else:
         info = Path("/proc/cpuinfo")
-        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+        names = (
+            [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+            if info.exists()
+            else []
+        )
         facts["cpu"] = names[0] if names else platform.processor()
     return facts
 
@@ -155,9 +167,7 @@ def wrongness(run: Callable, inputs: Sequence[Tensor], want: Tensor) -> float:
         return ((run(*inputs).double() - want).abs().max() / (want.abs().max() + 1e-6)).item()
 
 
-def round_robin(
-    runs: dict[str, Callable], device: torch.device, repeats: int, name: str
-) -> dict[str, list[float]]:
+def round_robin(runs: dict[str, Callable], device: torch.device, repeats: int, name: str) -> dict[str, list[float]]:
     """Time all runs in turn; on a GPU the cache is flushed before each."""
     flush = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for run in runs.values():
@@ -175,7 +185,9 @@ def round_robin(
 def print_case(name: str, rows: list[dict]) -> None:
     """One block of the table."""
     print(name)
-    print(f"  {'':28}{'forward ms':>12}{'fwd+bwd ms':>12}{'(20..80 %)':>18}{'x loop':>9}{'x best peer':>13}{'of copy':>9}")
+    print(
+        f"  {'':28}{'forward ms':>12}{'fwd+bwd ms':>12}{'(20..80 %)':>18}{'x loop':>9}{'x best peer':>13}{'of copy':>9}"
+    )
     ours = ("reference", "parallel", "triton")
     timed_rows = {r["implementation"]: r["both"]["median_ms"] for r in rows if "both" in r}
     peers = [t for k, t in timed_rows.items() if k not in ours]

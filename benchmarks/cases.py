@@ -73,7 +73,13 @@ def linear_scan_case(B: int, T: int, D: int) -> Case:
 
         peers["accelerated-scan"] = accelerated
     return Case(
-        "linear_scan", dict(B=B, T=T, D=D), make, _ours(linear_scan), linear_cost.bytes, linear_cost.flops, peers
+        "linear_scan",
+        dict(B=B, T=T, D=D),
+        make,
+        _ours(linear_scan),
+        linear_cost.bytes,
+        linear_cost.flops,
+        peers,
     )
 
 

@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Derandomised: a red run stays red, and the same cases run on every machine.
 settings.register_profile(
-    "book", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "book",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("book")

@@ -40,7 +40,9 @@ def test_every_need_has_a_tested_version():
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    needs = PROJECT["dependencies"] + [d for name, e in PROJECT["optional-dependencies"].items() if name != "all" for d in e]
+    needs = PROJECT["dependencies"] + [
+        d for name, e in PROJECT["optional-dependencies"].items() if name != "all" for d in e
+    ]
     missing = {re.match(r"[\w.-]+", n).group().lower().replace("_", "-") for n in needs} - pinned
     assert not missing
 
@@ -85,7 +87,9 @@ def test_import_is_light():
     assert min(float(r[0]) for r in results) < 0.3
 
 
-@pytest.mark.parametrize("target", ["book", "test", "serve", "execute", "record", "classroom", "benchmark", "clean", "help"])
+@pytest.mark.parametrize(
+    "target", ["book", "test", "serve", "execute", "record", "classroom", "benchmark", "clean", "help"]
+)
 def test_make_help_lists(target):
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(rf"(?m)^{target}\s+\S", shown)

@@ -135,7 +135,17 @@ def test_learning_rate_schedule(schedule, last):
         rates.append(spy.optimizer.param_groups[0]["lr"] / 2.0)
         return 0.0 * squared(model, batch)
 
-    fit(line(), loss, fresh, steps=20, optimizer=spy, schedule=schedule, warmup=4, final_lr=0.1, progress=False)
+    fit(
+        line(),
+        loss,
+        fresh,
+        steps=20,
+        optimizer=spy,
+        schedule=schedule,
+        warmup=4,
+        final_lr=0.1,
+        progress=False,
+    )
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[-1] == pytest.approx(last)
     assert all(a >= b - 1e-9 for a, b in zip(rates[4:], rates[5:], strict=False))
@@ -152,7 +162,15 @@ def test_early_stop_restores_the_best_weights():
 
     model = line()
     history = fit(
-        model, squared, fresh, steps=50, evaluate=evaluate, eval_every=5, monitor="error", patience=2, progress=False
+        model,
+        squared,
+        fresh,
+        steps=50,
+        evaluate=evaluate,
+        eval_every=5,
+        monitor="error",
+        patience=2,
+        progress=False,
     )
     assert history.series("error") == ([5, 10, 15, 20], [3.0, 1.0, 2.0, 2.5])
     assert torch.equal(weights(model), seen[1]) and model.training
@@ -173,7 +191,13 @@ def test_carried_state_is_detached_and_handed_on():
 def test_epochs_visit_every_batch_equally():
     batches = [(torch.full((2, 3), float(i)), torch.zeros(2, 1)) for i in range(4)]
     seen = []
-    fit(line(), lambda m, b: (seen.append(int(b[0][0, 0])), squared(m, b))[1], batches, epochs=3, progress=False)
+    fit(
+        line(),
+        lambda m, b: (seen.append(int(b[0][0, 0])), squared(m, b))[1],
+        batches,
+        epochs=3,
+        progress=False,
+    )
     assert seen == [0, 1, 2, 3] * 3
 
 
@@ -200,7 +224,10 @@ def test_history_is_a_tidy_table():
         (dict(steps=1, epochs=1), "expected either steps or epochs"),
         (dict(steps=0), "expected steps >= 1, got 0"),
         (dict(epochs=2), "expected epochs with data of known length"),
-        (dict(steps=1, schedule="step"), "expected schedule to be one of constant, linear, cosine, got 'step'"),
+        (
+            dict(steps=1, schedule="step"),
+            "expected schedule to be one of constant, linear, cosine, got 'step'",
+        ),
         (dict(steps=1, mode="lowest"), "expected mode to be 'min' or 'max'"),
         (dict(steps=1, patience=2), "expected patience to come with evaluate and monitor"),
         (
@@ -252,7 +279,8 @@ def test_two_processes_train_as_one(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*torchrun, script, tmp_path / "two"], **run)
     one, first, second = (
-        torch.tensor(sum((json.loads((tmp_path / name).read_text())[0]), [])) for name in ("one.0.json", "two.0.json", "two.1.json")
+        torch.tensor(sum((json.loads((tmp_path / name).read_text())[0]), []))
+        for name in ("one.0.json", "two.0.json", "two.1.json")
     )
     torch.testing.assert_close(first, one)
     assert torch.equal(first, second)

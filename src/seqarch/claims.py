@@ -42,14 +42,22 @@ class Claim:
             "value": self.value,
             "note": self.note,
         }
-        text = [f"Claim:    {self.statement}", f"Paper:    {self.paper}" + (f" ({self.where})" if self.where else "")]
-        text += [f"Measured: {self.measured}", f"Verdict:  {self.verdict}"] + ([f"Note:     {self.note}"] if self.note else [])
+        text = [
+            f"Claim:    {self.statement}",
+            f"Paper:    {self.paper}" + (f" ({self.where})" if self.where else ""),
+        ]
+        text += [f"Measured: {self.measured}", f"Verdict:  {self.verdict}"] + (
+            [f"Note:     {self.note}"] if self.note else []
+        )
         return {CLAIM_MIME: row, "text/html": self.html(), "text/plain": "\n".join(text)}
 
     def html(self) -> str:
         """Return the card that notebooks and the book show."""
         mark, name = {True: ("✓", "holds"), False: ("✗", "fails"), None: ("–", "open")}[self.holds]
-        rows = [("Paper", self.paper + (f" ({self.where})" if self.where else "")), ("Measured", self.measured)]
+        rows = [
+            ("Paper", self.paper + (f" ({self.where})" if self.where else "")),
+            ("Measured", self.measured),
+        ]
         rows += [("Note", self.note)] if self.note else []
         body = "".join(f"<dt><b>{k}</b></dt><dd>{html.escape(v)}</dd>" for k, v in rows)
         return (
@@ -109,7 +117,10 @@ class Recorded:
     claims: list[dict[str, Any]]
 
     def _repr_markdown_(self) -> str:
-        lines = [f"**Recorded full-scale run** ({self.device}, {self.date}, seqarch {self.version}, seed {self.seed})", ""]
+        lines = [
+            f"**Recorded full-scale run** ({self.device}, {self.date}, seqarch {self.version}, seed {self.seed})",
+            "",
+        ]
         lines += ["| Claim | Measured | Verdict |", "| --- | --- | --- |"]
         lines += [f"| {c['statement']} | {c['measured']} | {c['verdict']} |" for c in self.claims]
         return "\n".join(lines)
@@ -127,7 +138,9 @@ class NotRecorded:
 
     def _repr_markdown_(self) -> str:
         number = self.chapter.split("-")[0]
-        return f"*No full-scale run is recorded for this chapter yet: on a GPU, `make record CHAPTER={number}` makes one.*"
+        return (
+            f"*No full-scale run is recorded for this chapter yet: on a GPU, `make record CHAPTER={number}` makes one.*"
+        )
 
 
 def recorded(chapter: str, folder: str | Path = "recorded") -> Recorded | NotRecorded:

@@ -50,9 +50,9 @@ class Exercise:
 def exercise(name: str) -> Callable[[Callable], Exercise]:
     """Turn a function of assertions on an answer into an `Exercise`::
 
-        @exercise("Exercise 1, Elman step")
-        def check_elman_step(answer):
-            assert answer(...) == ..., "what a reader should hear"
+    @exercise("Exercise 1, Elman step")
+    def check_elman_step(answer):
+        assert answer(...) == ..., "what a reader should hear"
     """
     return lambda check: Exercise(name, check)
 

@@ -92,7 +92,8 @@ class Explorer:
                 )
             states.append([[paths.add(path), values.add(value)] for path, value in _difference(base, state)])
         controls = [
-            {"name": n, "kind": _kind(v), "values": v, "start": v.index(self.start[n])} for n, v in self.controls.items()
+            {"name": n, "kind": _kind(v), "values": v, "start": v.index(self.start[n])}
+            for n, v in self.controls.items()
         ]
         base["layout"]["meta"]["explore"] = {
             "controls": controls,
@@ -133,7 +134,10 @@ class Explorer:
         if is_live():
             display(self.widget())
         else:
-            bundle = {PLOTLY_MIME: self.stored(), "text/plain": f"[Interactive figure] {self.caption} ({self.alt})"}
+            bundle = {
+                PLOTLY_MIME: self.stored(),
+                "text/plain": f"[Interactive figure] {self.caption} ({self.alt})",
+            }
             display(bundle, raw=True)
 
 

@@ -78,14 +78,21 @@ def lines(
                 fillcolor=colour, opacity=0.18, line=dict(width=0), hoverinfo="skip", showlegend=False,
             )  # fmt: skip
         dash = ["solid", "dash", "dot", "dashdot"][i % 4]
-        fig.add_scatter(x=compact(xs), y=compact(ys), name=name, mode="lines", line=dict(color=colour, width=2, dash=dash))
+        fig.add_scatter(
+            x=compact(xs), y=compact(ys), name=name, mode="lines", line=dict(color=colour, width=2, dash=dash)
+        )
     fig.update_xaxes(type="log" if log_x else "linear")
     fig.update_yaxes(type="log" if log_y else "linear")
     return fig
 
 
 def bars(
-    values: Mapping[str, float | tuple[float, float]], *, title: str | None = None, x: str = "", y: str, **layout: Any
+    values: Mapping[str, float | tuple[float, float]],
+    *,
+    title: str | None = None,
+    x: str = "",
+    y: str,
+    **layout: Any,
 ) -> go.Figure:
     """Draw one bar per name; a value may be ``(value, spread)``, drawn with an error bar."""
     fig = figure(title, x=x, y=y, **layout)

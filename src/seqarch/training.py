@@ -158,7 +158,7 @@ def fit(
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(Path(checkpoint), device)
 
-    bar = tqdm(total=total, initial=run.step, desc=desc, disable=not progress or rank > 0, leave=False)
+    bar = tqdm(total=total, initial=run.step, desc=desc, disable=not progress or rank > 0 or _storing(), leave=False)
     batches = _batches(data, run.step, generator)
     while run.step < total and not run.stopped:
         batch = _to(next(batches), device)
@@ -199,6 +199,16 @@ def fit(
     return run.history
 
 
+def progress_bar(items: Iterable, desc: str = "") -> Iterable:
+    """Iterate with a bar that vanishes when it is done and never reaches a stored notebook."""
+    return tqdm(items, desc=desc, leave=False, disable=_storing())
+
+
+def _storing() -> bool:
+    """Whether a chapter runs to be stored (`make execute`), where a bar would only be removed again."""
+    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+
+
 @dataclass
 class _Run:
     """Everything that changes while training: what a checkpoint holds."""
@@ -223,7 +233,11 @@ class _Run:
         """Write the checkpoint beside its place and move it there: a crash leaves the old file or the new one."""
         content = {name: getattr(self, name).state_dict() for name in self._PARTS}
         content |= {name: getattr(self, name) for name in self._VALUES}
-        content |= {"rows": self.history.rows, "generator": self.generator.get_state(), "rng": torch.get_rng_state()}
+        content |= {
+            "rows": self.history.rows,
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         try:

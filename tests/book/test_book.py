@@ -29,7 +29,17 @@ MARKS = (
 def built(tmp_path_factory):
     """Build the book from the stored outputs into a fresh folder; any warning is an error."""
     out = tmp_path_factory.mktemp("book")
-    command = [sys.executable, "-m", "jupyter_book", "build", ".", "--toc", "book/_toc.yml", "--path-output", out]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter_book",
+        "build",
+        ".",
+        "--toc",
+        "book/_toc.yml",
+        "--path-output",
+        out,
+    ]
     result = subprocess.run([*command, "-W", "--keep-going"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return out / "_build" / "html"

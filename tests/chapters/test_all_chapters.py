@@ -61,7 +61,13 @@ def test_outputs_are_clean(path):
         data = output.get("data", {})
         assert notebooks.WIDGETS not in data
         text = output.get("text", "") + "".join(str(v) for k, v in data.items() if k.startswith("text/"))
-        for pattern in (r"\bat 0x[0-9a-f]{6,}", r"\x1b\[", r"\d+%\|", r"it/s", r"(?<![\w:/.<])/(?:[\w.-]+/){2,}[\w.-]+"):
+        for pattern in (
+            r"\bat 0x[0-9a-f]{6,}",
+            r"\x1b\[",
+            r"\d+%\|",
+            r"it/s",
+            r"(?<![\w:/.<])/(?:[\w.-]+/){2,}[\w.-]+",
+        ):
             assert not re.search(pattern, text), text[:200]
 
 

@@ -47,7 +47,9 @@ def outputs_and_gradients(
     loss = 0.0
     for o in outputs:
         weight = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device)
-        loss = loss + ((o.real * weight).sum() + (o.imag * weight.flip(0)).sum() if o.is_complex() else (o * weight).sum())
+        loss = loss + (
+            (o.real * weight).sum() + (o.imag * weight.flip(0)).sum() if o.is_complex() else (o * weight).sum()
+        )
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return outputs, [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
 

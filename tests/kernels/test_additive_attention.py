@@ -127,7 +127,10 @@ def test_gradcheck(backend, kind):
 class TestLaws:
     def test_permuting_the_keys_permutes_the_scores(self, backend):
         q, k, v = inputs(2, 5, 9, 6)
-        mask, order = random_mask("holes", 2, 9, 0), torch.randperm(9, generator=torch.Generator().manual_seed(0))
+        mask, order = (
+            random_mask("holes", 2, 9, 0),
+            torch.randperm(9, generator=torch.Generator().manual_seed(0)),
+        )
         scores = additive_scores(q, k, v, mask, backend=backend)
         permuted = additive_scores(q, k[:, order], v, mask[:, order], backend=backend)
         torch.testing.assert_close(permuted, scores[..., order])
@@ -173,7 +176,8 @@ class TestLaws:
         tall = mask.t().contiguous().t()
         assert not any(x.is_contiguous() for x in (*strided, wide, tall))
         torch.testing.assert_close(
-            additive_scores(*strided, wide, tall, backend=backend), additive_scores(q, k, v, mask, backend=backend)
+            additive_scores(*strided, wide, tall, backend=backend),
+            additive_scores(q, k, v, mask, backend=backend),
         )
 
     def test_two_runs_are_bit_identical(self, backend):
@@ -261,7 +265,10 @@ good_mask = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
     "arguments, message",
     [
         ((good[0][0], *good[1:]), r"expected q of shape \(B, M, H\), got \(3, 4\)"),
-        ((good[0], good[1][:1], good[2]), r"expected k of shape \(B, N, H\) with B = 2, H = 4, got \(1, 5, 4\)"),
+        (
+            (good[0], good[1][:1], good[2]),
+            r"expected k of shape \(B, N, H\) with B = 2, H = 4, got \(1, 5, 4\)",
+        ),
         ((good[0], good[1][..., :2], good[2]), r"expected k of shape .*got \(2, 5, 2\)"),
         ((*good[:2], good[2][:3]), r"expected v of shape \(H\) with H = 4, got \(3,\)"),
         ((*good[:2], [1.0]), "expected v to be a tensor of shape .* got list"),
@@ -269,7 +276,10 @@ good_mask = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
         ([x.long() for x in good], "expected q to be of a floating-point or complex dtype, got torch.int64"),
         ([x + 0j for x in good], "expected q of a real dtype, got torch.complex64"),
         ((*good, good_mask[:, :4]), r"expected mask of shape \(B, N\) with B = 2, N = 5, got \(2, 4\)"),
-        ((*good, good_mask.long()), "expected mask of dtype torch.bool, True where a key may be chosen, got torch.int64"),
+        (
+            (*good, good_mask.long()),
+            "expected mask of dtype torch.bool, True where a key may be chosen, got torch.int64",
+        ),
     ],
 )
 def test_errors_name_what_was_expected(arguments, message):

@@ -76,13 +76,24 @@ def compare(backend, dtype, cell, B, T, H, with_state, saturated, seed):
     tensors = tensors if with_state else without_state(cell, tensors)
     names = NAMES[cell][: len(tensors)]
     assert_agree(
-        runner(cell, backend), runner(cell, "reference"), tensors, steps=T, names=names, loose=names, matmul=True
+        runner(cell, backend),
+        runner(cell, "reference"),
+        tensors,
+        steps=T,
+        names=names,
+        loose=names,
+        matmul=True,
     )
 
 
 @pytest.mark.parametrize(
     "backend, dtype",
-    [("triton", torch.float32), ("parallel", torch.float32), ("parallel", torch.float64), ("reference", torch.float32)],
+    [
+        ("triton", torch.float32),
+        ("parallel", torch.float32),
+        ("parallel", torch.float64),
+        ("reference", torch.float32),
+    ],
 )
 @settings(max_examples=40)
 @given(**shapes)
@@ -251,12 +262,27 @@ b_h = torch.zeros(9, device=DEVICE)
     [
         (lambda: lstm_scan(xp[0], w_h), r"expected xp of shape \(B, T, 4H\), got \(6, 12\)"),
         (lambda: lstm_scan(xp[..., :8], w_h), r"expected w_h of shape \(4H, H\) with 4H = 8, got \(12, 3\)"),
-        (lambda: lstm_scan(xp, w_h[:, :2]), r"expected w_h of shape \(4H, H\): 4 blocks of H = 2 .* got \(12, 2\)"),
-        (lambda: lstm_scan(xp, w_h, h0[:1]), r"expected h0 of shape \(B, H\) with B = 2, H = 3, got \(1, 3\)"),
-        (lambda: lstm_scan(xp, w_h, h0, s0[:, :2]), r"expected s0 of shape \(B, H\) with B = 2, H = 3, got \(2, 2\)"),
-        (lambda: gru_scan(xp[..., :9], w_h[:9], b_h[:6]), r"expected b_h of shape \(3H\) with 3H = 9, got \(6,\)"),
+        (
+            lambda: lstm_scan(xp, w_h[:, :2]),
+            r"expected w_h of shape \(4H, H\): 4 blocks of H = 2 .* got \(12, 2\)",
+        ),
+        (
+            lambda: lstm_scan(xp, w_h, h0[:1]),
+            r"expected h0 of shape \(B, H\) with B = 2, H = 3, got \(1, 3\)",
+        ),
+        (
+            lambda: lstm_scan(xp, w_h, h0, s0[:, :2]),
+            r"expected s0 of shape \(B, H\) with B = 2, H = 3, got \(2, 2\)",
+        ),
+        (
+            lambda: gru_scan(xp[..., :9], w_h[:9], b_h[:6]),
+            r"expected b_h of shape \(3H\) with 3H = 9, got \(6,\)",
+        ),
         (lambda: rnn_scan(xp[..., :3], w_h), r"expected w_h of shape \(H, H\) with H = 3.* got \(12, 3\)"),
-        (lambda: rnn_scan(xp[..., :3].long(), w_h[:3]), "expected xp to be of a floating-point .* got torch.int64"),
+        (
+            lambda: rnn_scan(xp[..., :3].long(), w_h[:3]),
+            "expected xp to be of a floating-point .* got torch.int64",
+        ),
         (lambda: rnn_scan([1.0], w_h), r"expected xp to be a tensor of shape \(B, T, H\), got list"),
         (
             lambda: rnn_scan(xp[..., :3], w_h[:3], activation="sigmoid"),
@@ -264,7 +290,9 @@ b_h = torch.zeros(9, device=DEVICE)
         ),
         (lambda: lstm_scan(xp, w_h, backend="cuda"), "expected backend to be one of .* got 'cuda'"),
         (
-            lambda: rnn_scan(torch.zeros(1, 1, 129, device=DEVICE), torch.zeros(129, 129, device=DEVICE), backend="triton"),
+            lambda: rnn_scan(
+                torch.zeros(1, 1, 129, device=DEVICE), torch.zeros(129, 129, device=DEVICE), backend="triton"
+            ),
             "hidden sizes up to 128, got 129",
         ),
     ],

@@ -50,7 +50,12 @@ shapes = dict(
 
 @pytest.mark.parametrize(
     "backend, dtype",
-    [("triton", torch.float32), ("triton", torch.complex64), ("triton", torch.bfloat16), ("triton", torch.float16)]
+    [
+        ("triton", torch.float32),
+        ("triton", torch.complex64),
+        ("triton", torch.bfloat16),
+        ("triton", torch.float16),
+    ]
     + [("parallel", d) for d in (torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bfloat16)],
 )
 @settings(max_examples=50)
@@ -58,7 +63,12 @@ shapes = dict(
 def test_agrees_with_the_definition(backend, dtype, B, T, D, shared, reverse, with_h0, gates, seed):
     tensors = inputs(B, T, D, dtype, shared, gates, seed)[: 3 if with_h0 else 2]
     assert_agree(
-        runner(backend, reverse), runner("reference", reverse), tensors, steps=T, names=NAMES[: len(tensors)], loose="a"
+        runner(backend, reverse),
+        runner("reference", reverse),
+        tensors,
+        steps=T,
+        names=NAMES[: len(tensors)],
+        loose="a",
     )
 
 
@@ -70,7 +80,12 @@ def test_segments_of_a_long_sequence(T, D, dtype):
     for backend in ("triton", "parallel"):
         for reverse in (False, True):
             assert_agree(
-                runner(backend, reverse), runner("reference", reverse), tensors, steps=T, names=NAMES, loose="a"
+                runner(backend, reverse),
+                runner("reference", reverse),
+                tensors,
+                steps=T,
+                names=NAMES,
+                loose="a",
             )
 
 
@@ -188,11 +203,17 @@ good = inputs(2, 8, 4)
     "arguments, message",
     [
         ((good[0], good[1][0]), r"expected b of shape \(B, T, D\), got \(8, 4\)"),
-        ((good[0][:, :5], good[1]), r"expected a of shape \(B, T, D\) with B = 2, T = 8, D = 4, got \(2, 5, 4\)"),
+        (
+            (good[0][:, :5], good[1]),
+            r"expected a of shape \(B, T, D\) with B = 2, T = 8, D = 4, got \(2, 5, 4\)",
+        ),
         ((good[0][..., :2], good[1]), r"expected a of shape .*got \(2, 8, 2\)"),
         ((*good[:2], good[2][:1]), r"expected h0 of shape \(B, D\) with B = 2, D = 4, got \(1, 4\)"),
         ((good[0].double(), good[1]), "expected a of dtype torch.float32 like b, got torch.float64"),
-        ((good[0].long(), good[1].long()), "expected b to be of a floating-point or complex dtype, got torch.int64"),
+        (
+            (good[0].long(), good[1].long()),
+            "expected b to be of a floating-point or complex dtype, got torch.int64",
+        ),
         ((*good[:2], good[2] + 0j), "expected h0 real like b, got torch.complex64"),
         (([1.0], good[1]), "expected a to be a tensor of shape .* got list"),
     ],

@@ -51,9 +51,7 @@ def masked_softmax(s, v):
     """What the scan computes, said differently: a T x T table of scores, the future masked, softmax over each row."""
     T = s.shape[-1]
     table = (
-        s[..., None, :]
-        .expand(*s.shape, T)
-        .masked_fill(torch.ones(T, T, device=s.device).triu(1).bool(), -torch.inf)
+        s[..., None, :].expand(*s.shape, T).masked_fill(torch.ones(T, T, device=s.device).triu(1).bool(), -torch.inf)
     )
     return table.softmax(-1) @ v
 
@@ -112,9 +110,7 @@ def test_is_masked_softmax_attention(backend, T, E):
     g = torch.randn_like(got)
     assert error(got, want) < 1e-5
     grads, wanted = torch.autograd.grad(got, x, g), torch.autograd.grad(want, y, g.double())
-    for a, b in zip(
-        grads, wanted, strict=True
-    ):  # with one token the gradient of s is 0: an absolute bound too
+    for a, b in zip(grads, wanted, strict=True):  # with one token the gradient of s is 0: an absolute bound too
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -209,9 +205,7 @@ class TestLaws:
         hidden = torch.arange(70, device=DEVICE) < 65
         o, state = softmax_scan(s.masked_fill(hidden, -torch.inf), v, backend=backend)
         assert torch.equal(o[..., :65, :], torch.zeros_like(o[..., :65, :]))
-        torch.testing.assert_close(
-            o[..., 65:, :], softmax_scan(s[..., 65:], v[..., 65:, :], backend=backend)[0]
-        )
+        torch.testing.assert_close(o[..., 65:, :], softmax_scan(s[..., 65:], v[..., 65:, :], backend=backend)[0])
         grads = torch.autograd.grad(o.sum() + state[1].sum() + state[2].sum(), (s, v))
         assert all(torch.isfinite(g).all() for g in grads)
         assert torch.equal(grads[1][..., :65, :], torch.zeros_like(grads[1][..., :65, :]))
@@ -272,9 +266,7 @@ def test_memory_is_linear_in_length():
 
 def test_compiled_without_graph_break():
     s, v, *_ = inputs(1, 2, 20, 3)
-    scan = torch.compile(
-        lambda s, v: softmax_scan(s, v, backend="triton")[0] * 2, backend="aot_eager", fullgraph=True
-    )
+    scan = torch.compile(lambda s, v: softmax_scan(s, v, backend="triton")[0] * 2, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(scan(s, v), softmax_scan(s, v)[0] * 2)
 
 

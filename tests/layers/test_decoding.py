@@ -66,7 +66,13 @@ def test_a_wide_beam_finds_the_best_sequence(V, max_len, seed):
 
 
 @settings(max_examples=30)
-@given(B=st.integers(1, 3), V=st.integers(2, 6), width=st.integers(1, 7), max_len=st.integers(1, 6), seed=st.integers(0, 99))
+@given(
+    B=st.integers(1, 3),
+    V=st.integers(2, 6),
+    width=st.integers(1, 7),
+    max_len=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
 def test_hypotheses_are_distinct_sorted_and_at_most_width(B, V, width, max_len, seed):
     _, step, state = model(B, V, seed)
     for hypotheses in beam_search(step, state, 1, EOS, width, max_len):
@@ -147,8 +153,14 @@ def test_batch_rows_do_not_meddle():
     [
         (lambda s, m: beam_search(s, m, 1, EOS, 0, 5), "expected width to be at least 1, got 0"),
         (lambda s, m: greedy_search(s, m, 1, EOS, 0), "expected max_len to be at least 1, got 0"),
-        (lambda s, m: greedy_search(s, m, torch.zeros(2, 1), EOS, 3), r"expected bos .* shape \(B,\), got shape \(2, 1\)"),
-        (lambda s, m: greedy_search(s, m, torch.ones(5).long(), EOS, 3), r"batch of 5 sequences .* got shape \(2,\)"),
+        (
+            lambda s, m: greedy_search(s, m, torch.zeros(2, 1), EOS, 3),
+            r"expected bos .* shape \(B,\), got shape \(2, 1\)",
+        ),
+        (
+            lambda s, m: greedy_search(s, m, torch.ones(5).long(), EOS, 3),
+            r"batch of 5 sequences .* got shape \(2,\)",
+        ),
         (
             lambda s, m: greedy_search(lambda t, q: (torch.zeros(1, 4), q), m, 1, EOS, 3),
             r"expected scores from step_fn of shape \(N, V\) with N = 2, got \(1, 4\)",

@@ -95,7 +95,12 @@ def test_causality(kind):
 
 @every_kind
 @settings(max_examples=25)
-@given(bidirectional=st.booleans(), layers=st.integers(1, 2), padding=st.integers(1, 5), seed=st.integers(0, 10**6))
+@given(
+    bidirectional=st.booleans(),
+    layers=st.integers(1, 2),
+    padding=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+)
 def test_padding_changes_nothing(kind, bidirectional, layers, padding, seed):
     """More padding, and anything in it: same outputs, states and gradients; sequences alone give the same as together."""
     g = torch.Generator().manual_seed(seed)
@@ -189,16 +194,34 @@ x = torch.randn(2, 6, 3)
         (lambda: LSTM(3, 4)(x[0]), r"expected x of shape \(B, T, D\) with D = 3, got \(6, 3\)"),
         (lambda: LSTM(4, 4)(x), r"expected x of shape \(B, T, D\) with D = 4, got \(2, 6, 3\)"),
         (lambda: GRU(3, 4)(x[:, :0]), r"expected x with at least one step \(T >= 1\), got \(2, 0, 3\)"),
-        (lambda: RNN(3, 4)(x, torch.zeros(2, 4)), r"state of shape \(B, layers, H\) = \(2, 1, 4\), got \(2, 4\)"),
+        (
+            lambda: RNN(3, 4)(x, torch.zeros(2, 4)),
+            r"state of shape \(B, layers, H\) = \(2, 1, 4\), got \(2, 4\)",
+        ),
         (lambda: RNN(3, 4)(x, torch.zeros(2, 1, 5)), r"= \(2, 1, 4\), got \(2, 1, 5\)"),
         (lambda: LSTM(3, 4)(x, (torch.zeros(2, 1, 4),)), "expected state to hold 2 tensors, got 1"),
-        (lambda: LSTM(3, 4)(x, lengths=torch.tensor([7, 6])), "expected lengths between 1 and T = 6, got values from 6 to 7"),
-        (lambda: LSTM(3, 4)(x, lengths=torch.tensor([0, 6])), "expected lengths between 1 and T = 6, got values from 0 to 6"),
-        (lambda: LSTM(3, 4)(x, lengths=torch.tensor([6])), r"integers of shape \(B,\) with B = 2, got .* shape \(1,\)"),
-        (lambda: LSTM(3, 4)(x, lengths=torch.tensor([6.0, 2.0])), "expected lengths to be integers .* got torch.float32"),
+        (
+            lambda: LSTM(3, 4)(x, lengths=torch.tensor([7, 6])),
+            "expected lengths between 1 and T = 6, got values from 6 to 7",
+        ),
+        (
+            lambda: LSTM(3, 4)(x, lengths=torch.tensor([0, 6])),
+            "expected lengths between 1 and T = 6, got values from 0 to 6",
+        ),
+        (
+            lambda: LSTM(3, 4)(x, lengths=torch.tensor([6])),
+            r"integers of shape \(B,\) with B = 2, got .* shape \(1,\)",
+        ),
+        (
+            lambda: LSTM(3, 4)(x, lengths=torch.tensor([6.0, 2.0])),
+            "expected lengths to be integers .* got torch.float32",
+        ),
         (lambda: LSTM(3, 4, bidirectional=True).step(x[:, 0]), "expected a one-directional layer"),
         (lambda: GRU(3, 4).step(x), r"expected x of shape \(B, D\) with D = 3, got \(2, 6, 3\)"),
-        (lambda: RNN(3, 4, activation="sigmoid"), "expected activation to be one of tanh, relu, got 'sigmoid'"),
+        (
+            lambda: RNN(3, 4, activation="sigmoid"),
+            "expected activation to be one of tanh, relu, got 'sigmoid'",
+        ),
         (lambda: GRU(3, 0), "expected hidden_size to be at least 1, got 0"),
     ],
 )

@@ -70,9 +70,7 @@ def hawkes_sequences(
         )
     rng = np.random.default_rng(seed)
     gaps, nll = np.zeros((sequences, events)), np.zeros((sequences, events))
-    excitation = np.zeros(
-        sequences
-    )  # sum over past events of alpha exp(-beta (now - t_i)), right after the last one
+    excitation = np.zeros(sequences)  # sum over past events of alpha exp(-beta (now - t_i)), right after the last one
     for i in range(events):
         gap, waiting = np.zeros(sequences), np.ones(sequences, dtype=bool)
         while waiting.any():
@@ -90,9 +88,7 @@ def hawkes_sequences(
     marks = np.cumsum(~same, axis=1) % 2
     nll[:, 0] += np.log(2.0)
     nll[:, 1:] -= np.log(np.where(same[:, 1:], stay, 1 - stay))
-    return EventSequences(
-        torch.from_numpy(gaps).float(), torch.from_numpy(marks).long(), torch.from_numpy(nll).float()
-    )
+    return EventSequences(torch.from_numpy(gaps).float(), torch.from_numpy(marks).long(), torch.from_numpy(nll).float())
 
 
 def poisson_nll(train: EventSequences, test: EventSequences) -> Tensor:

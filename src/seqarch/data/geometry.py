@@ -60,12 +60,10 @@ LARGEST_EXACT_TOUR = 20
 def check_points(points, least: int = 1, batched: bool = True) -> np.ndarray:
     """Return the points as a float64 array, or raise a ValueError that says what was expected.
 
-    Parameters
-    ----------
-    points : array or tensor
-        shape (batch, n, 2), or (n, 2) when ``batched`` is false.
-    least : int
-        the smallest n that makes sense to the caller (3 for a hull).
+    Args:
+        points: an array or tensor, ``(batch, n, 2)``, or ``(n, 2)`` when `batched` is false.
+        least: the smallest n that makes sense to the caller (3 for a hull).
+        batched: whether a batch axis is expected.
     """
     array = points.detach().cpu().numpy() if isinstance(points, torch.Tensor) else np.asarray(points)
     expected = "(batch, n, 2)" if batched else "(n, 2)"
@@ -205,21 +203,18 @@ def _gift_wrap(points: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
 def hull_batch(n: int, batch: int, rng) -> tuple[torch.Tensor, torch.Tensor]:
     """Random points and their convex hulls.
 
-    Parameters
-    ----------
-    n : int
-        number of points, at least 3.
-    batch : int
-        number of instances.
-    rng : int or numpy.random.Generator
-        seed or generator; the same seed gives the same batch.
+    Args:
+        n: number of points, at least 3.
+        batch: number of instances.
+        rng: an integer seed or a numpy Generator; the same seed gives the same batch.
 
-    Returns
-    -------
-    points : (batch, n, 2) float32
-    targets : (batch, m) int64
-        1-based hull vertices, counter-clockwise, starting from the hull vertex of smallest index; then ``STOP``, then
-        ``IGNORE``. m is the longest hull of the batch plus one.
+    Returns:
+        points ``(batch, n, 2)`` float32, and targets ``(batch, m)`` int64: 1-based hull vertices, counter-clockwise,
+        starting from the hull vertex of smallest index; then ``STOP``, then ``IGNORE``. m is the longest hull of the
+        batch plus one.
+
+    Raises:
+        ValueError: n or batch too small, or rng of another type.
     """
     _check_sizes(n, batch, least=3)
     points, hulls = _draw(n, batch, rng, _gift_wrap)
@@ -241,15 +236,10 @@ def crosses_itself(points, cycle) -> bool:
     cycle = list(cycle)
     if len(cycle) < 3 or len(set(cycle)) < len(cycle):
         return True
-    corners = check_points(points, batched=False)[cycle]
-    sides = list(zip(corners, np.roll(corners, -1, axis=0), strict=True))
-    for i, j in combinations(range(len(sides)), 2):
-        (a, b), (c, d) = sides[i], sides[j]
-        if j - i in (1, len(sides) - 1):
-            continue  # neighbours share a vertex
-        if _cross(a, b, c) * _cross(a, b, d) < 0 and _cross(c, d, a) * _cross(c, d, b) < 0:
-            return True
-    return False
+    a = check_points(points, batched=False)[cycle]
+    b = np.roll(a, -1, axis=0)  # side i runs from a[i] to b[i]
+    separates = _cross(a[:, None], b[:, None], a) * _cross(a[:, None], b[:, None], b) < 0  # [i, j]: line i cuts side j
+    return bool((separates & separates.T).any())  # neighbours share a vertex: their product is 0
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -345,18 +335,18 @@ def two_opt(points, tour) -> list[int]:
 def tsp_batch(n: int, batch: int, rng, solver: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
     """Random points and a tour through all of them.
 
-    Parameters
-    ----------
-    n, batch, rng
-        as in ``hull_batch``; n >= 3.
-    solver : "exact" or "approximate"
-        Held-Karp, n <= 20; or nearest neighbour improved by 2-opt, any n.
+    Args:
+        n: number of points, at least 3.
+        batch: number of instances.
+        rng: an integer seed or a numpy Generator.
+        solver: ``"exact"`` is Held-Karp, n <= 20; ``"approximate"`` is nearest neighbour improved by 2-opt, any n.
 
-    Returns
-    -------
-    points : (batch, n, 2) float32
-    targets : (batch, n + 1) int64
-        the tour from point 1, in the direction whose second point has the smaller index; then ``STOP``.
+    Returns:
+        points ``(batch, n, 2)`` float32, and targets ``(batch, n + 1)`` int64: the tour from point 1, in the direction
+        whose second point has the smaller index; then ``STOP``.
+
+    Raises:
+        ValueError: n or batch too small, n too large for an exact tour, an unknown solver, or rng of another type.
     """
     _check_sizes(n, batch, least=3)
     if solver not in ("exact", "approximate"):
@@ -404,7 +394,7 @@ def delaunay_triangles(points) -> list[tuple[int, int, int]]:
 def _empty_circles(points: np.ndarray) -> tuple[list[list[tuple[int, int, int]]], np.ndarray]:
     """Delaunay triangles of a small batch (B, n, 2) from the definition: no other point inside the circumcircle.
 
-    All C(n, 3) triples against all n points at once, O(B n^4): for n <= 12, where it is faster than a call per instance.
+    All C(n, 3) triples against all n points at once, O(B n^4): for n <= 12, where that beats a call per instance.
     """
     triples = np.array(list(combinations(range(points.shape[1]), 3)))
     corners = points[:, triples]  # (B, triples, 3, 2)
@@ -433,17 +423,18 @@ def _delaunay(points: np.ndarray):
 def delaunay_batch(n: int, batch: int, rng) -> tuple[torch.Tensor, torch.Tensor]:
     """Random points and their Delaunay triangulations.
 
-    Parameters
-    ----------
-    n, batch, rng
-        as in ``hull_batch``; n >= 3. Above n = 12 the triangles come from scipy.
+    Args:
+        n: number of points, at least 3. Above 12 the triangles come from scipy.
+        batch: number of instances.
+        rng: an integer seed or a numpy Generator.
 
-    Returns
-    -------
-    points : (batch, n, 2) float32
-    targets : (batch, m) int64
-        three increasing 1-based indices per triangle, triangles sorted by their incentres; then ``STOP``, then
-        ``IGNORE``. A set of n points of which h lie on the hull has 2n - 2 - h triangles.
+    Returns:
+        points ``(batch, n, 2)`` float32, and targets ``(batch, m)`` int64: three increasing 1-based indices per
+        triangle, triangles sorted by their incentres; then ``STOP``, then ``IGNORE``. A set of n points of which h lie
+        on the hull has 2n - 2 - h triangles.
+
+    Raises:
+        ValueError: n or batch too small, or rng of another type.
     """
     _check_sizes(n, batch, least=3)
     points, results = _draw(n, batch, rng, _delaunay)

@@ -149,7 +149,9 @@ def token_stream(ids: Tensor, batch: int, length: int) -> Iterator[tuple[Tensor,
         raise ValueError(f"expected ids of shape (N,), got {tuple(ids.shape)}")
     per_stream = len(ids) // batch
     if per_stream < length + 1:
-        raise ValueError(f"expected at least {batch * (length + 1)} tokens for {batch} streams of {length}, got {len(ids)}")
+        raise ValueError(
+            f"expected at least {batch * (length + 1)} tokens for {batch} streams of {length}, got {len(ids)}"
+        )
     streams = ids[: per_stream * batch].view(batch, per_stream)
     while True:
         for start in range(0, per_stream - length, length):

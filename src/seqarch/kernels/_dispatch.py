@@ -23,7 +23,10 @@ BACKENDS = ("auto", "reference", "parallel", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
 
 # Plain module values, read once: torch.compile traces through them without a graph break.
-_settings = {"backend": os.environ.get("SEQARCH_BACKEND", "auto"), "debug": os.environ.get("SEQARCH_DEBUG") == "1"}
+_settings = {
+    "backend": os.environ.get("SEQARCH_BACKEND", "auto"),
+    "debug": os.environ.get("SEQARCH_DEBUG") == "1",
+}
 _triton_installed = importlib.util.find_spec("triton") is not None
 # Without a GPU, Triton's interpreter runs the kernels on CPU tensors: slow, but the same code. Triton reads this variable
 # when it is first imported.

@@ -62,7 +62,9 @@ def _start(bos: int | Tensor, state: Any) -> Tensor:
             raise ValueError(f"expected bos to be an integer or a tensor of shape (B,), got shape {tuple(bos.shape)}")
         start = bos.long()
     else:
-        start = torch.full((len(tensors[0]) if tensors else 1,), int(bos), device=tensors[0].device if tensors else None)
+        start = torch.full(
+            (len(tensors[0]) if tensors else 1,), int(bos), device=tensors[0].device if tensors else None
+        )
     for t in tensors:
         if t.ndim == 0 or len(t) != len(start):
             raise ValueError(
@@ -75,7 +77,9 @@ def _start(bos: int | Tensor, state: Any) -> Tensor:
 def _log_probs(scores: Tensor, sequences: int) -> Tensor:
     """Normalise scores ``(N, V)``; a row of -inf alone (no symbol allowed) stays -inf instead of turning into NaN."""
     if scores.ndim != 2 or len(scores) != sequences:
-        raise ValueError(f"expected scores from step_fn of shape (N, V) with N = {sequences}, got {tuple(scores.shape)}")
+        raise ValueError(
+            f"expected scores from step_fn of shape (N, V) with N = {sequences}, got {tuple(scores.shape)}"
+        )
     blocked = torch.isneginf(scores).all(-1, keepdim=True)
     return scores.float().log_softmax(-1).masked_fill(blocked, float("-inf"))
 
@@ -124,9 +128,7 @@ def greedy_search(
             if not alive.any():
                 break
     results = []
-    for tokens, log_probs in zip(
-        torch.stack(symbols, 1).tolist(), torch.stack(gains, 1).double().cpu(), strict=True
-    ):
+    for tokens, log_probs in zip(torch.stack(symbols, 1).tolist(), torch.stack(gains, 1).double().cpu(), strict=True):
         finished = eos in tokens
         length = tokens.index(eos) + 1 if finished else len(tokens)
         log_prob = log_probs[:length].sum().item()

@@ -146,7 +146,11 @@ class _Recurrent(nn.Module):
         backend: str,
     ):
         super().__init__()
-        for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+        for name, value in (
+            ("input_size", input_size),
+            ("hidden_size", hidden_size),
+            ("num_layers", num_layers),
+        ):
             if value < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {value}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
@@ -240,7 +244,9 @@ class _Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the sizes in the module's repr."""
-        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, bidirectional={self.bidirectional}"
+        return (
+            f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, bidirectional={self.bidirectional}"
+        )
 
 
 class RNN(_Recurrent):

@@ -19,6 +19,7 @@ from ..claims import CLAIM_MIME
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+BAR = re.compile(r"\d+%\|.*\|\s*\d+/\d+|\d+it \[|\d+/\d+ \[")
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 
 SETUP = """\
@@ -69,7 +70,9 @@ def stamp(nb: NotebookNode, name: str, repository: str) -> None:
             stamped["badge"] = n > 0
     missing = [k for k, done in stamped.items() if not done]
     if missing:
-        raise ChapterError(f"{name}: expected a cell tagged setup and a line <!-- colab -->, got no place for {missing}")
+        raise ChapterError(
+            f"{name}: expected a cell tagged setup and a line <!-- colab -->, got no place for {missing}"
+        )
 
 
 def normalise(nb: NotebookNode) -> None:
@@ -86,7 +89,7 @@ def normalise(nb: NotebookNode) -> None:
             continue
         count += 1
         cell.execution_count = count
-        cell.outputs = _merge_streams(cell.outputs)
+        cell.outputs = _merge_streams([o for o in cell.outputs if not _is_bar(o)])
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
@@ -96,6 +99,13 @@ def normalise(nb: NotebookNode) -> None:
                 output.text = ANSI.sub("", output.text)
             if WIDGETS in output.get("data", {}):
                 raise ChapterError(f"cell {count}: stored outputs may not hold live widgets, which are dead on a page")
+
+
+def _is_bar(output: NotebookNode) -> bool:
+    """Whether an output is a tqdm progress bar, as a widget or as text on stderr."""
+    text = output.get("data", {}).get("text/plain", "") if WIDGETS in output.get("data", {}) else ""
+    text = output.text if output.get("name") == "stderr" else text
+    return bool(BAR.search(text)) and all(BAR.search(line) or not line.strip() for line in re.split(r"[\r\n]", text))
 
 
 def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
@@ -115,7 +125,9 @@ def run(nb: NotebookNode, folder: Path, timeout: int) -> None:
     before = {k: os.environ.get(k) for k in environment}
     os.environ.update(environment)
     try:
-        NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(
+            nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        ).execute()
     finally:
         for key, value in before.items():
             if value is None:

@@ -22,9 +22,7 @@ __all__ = ["additive_scores"]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def additive_scores(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
-) -> Tensor:
+def additive_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     r"""Score every key for every query by $u_{ij} = v^\top \tanh(q_i + k_j)$, without storing the M x N x H tanh.
 
     In the notation of the pointer network (Vinyals et al. 2015, equation 3) the caller passes $q_i = W_2 d_i$ and

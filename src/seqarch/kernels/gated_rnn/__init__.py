@@ -32,7 +32,12 @@ ACTIVATIONS = ("tanh", "relu")
 
 
 def _prepare(
-    xp: Tensor, w_h: Tensor, blocks: int, backend: str, states: dict[str, Tensor | None], b_h: Tensor | None = None
+    xp: Tensor,
+    w_h: Tensor,
+    blocks: int,
+    backend: str,
+    states: dict[str, Tensor | None],
+    b_h: Tensor | None = None,
 ) -> tuple[list[Tensor], str]:
     """Check all arguments of a scan with `blocks` gates; return its states in the accumulation dtype, and a backend."""
     packed = "H" if blocks == 1 else f"{blocks}H"

@@ -260,7 +260,17 @@ def _rnn_grad(w_h: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_hT: Tenso
     grid, sizes = _grid(B, H)
     delta, grad_h0 = _empty(h, B, T, H), _empty(h, B, H)
     _rnn_backward[grid](
-        w_h.contiguous(), h, grad_h.contiguous(), grad_hT.contiguous(), delta, grad_h0, B, T, H, RELU=relu, **sizes
+        w_h.contiguous(),
+        h,
+        grad_h.contiguous(),
+        grad_hT.contiguous(),
+        delta,
+        grad_h0,
+        B,
+        T,
+        H,
+        RELU=relu,
+        **sizes,
     )
     return [delta.to(h.dtype), _weight_gradient(delta, h, h0).to(w_h.dtype), grad_h0]
 
@@ -295,7 +305,19 @@ def _lstm(xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor) -> list[Tensor]:
     h, gates, s = _empty(xp, B, T, H, dtype=xp.dtype), _empty(xp, B, T, 4 * H), _empty(xp, B, T, H)
     hT, sT = _empty(xp, B, H), _empty(xp, B, H)
     _lstm_forward[grid](
-        xp.contiguous(), w_h.contiguous(), h0.contiguous(), s0.contiguous(), h, gates, s, hT, sT, B, T, H, **sizes
+        xp.contiguous(),
+        w_h.contiguous(),
+        h0.contiguous(),
+        s0.contiguous(),
+        h,
+        gates,
+        s,
+        hT,
+        sT,
+        B,
+        T,
+        H,
+        **sizes,
     )
     return [h, hT, sT, gates, s]
 
@@ -348,7 +370,18 @@ def _gru(xp: Tensor, w_h: Tensor, b_h: Tensor, h0: Tensor) -> list[Tensor]:
     h, gates, q = _empty(xp, B, T, H, dtype=xp.dtype), _empty(xp, B, T, 3 * H), _empty(xp, B, T, H)
     hT = _empty(xp, B, H)
     _gru_forward[grid](
-        xp.contiguous(), w_h.contiguous(), b_h.contiguous(), h0.contiguous(), h, gates, q, hT, B, T, H, **sizes
+        xp.contiguous(),
+        w_h.contiguous(),
+        b_h.contiguous(),
+        h0.contiguous(),
+        h,
+        gates,
+        q,
+        hT,
+        B,
+        T,
+        H,
+        **sizes,
     )
     return [h, hT, gates, q]
 

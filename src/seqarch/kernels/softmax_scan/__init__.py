@@ -20,9 +20,7 @@ State = tuple[Tensor, Tensor, Tensor]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def softmax_scan(
-    s: Tensor, v: Tensor, state: State | None = None, *, backend: str = "auto"
-) -> tuple[Tensor, State]:
+def softmax_scan(s: Tensor, v: Tensor, state: State | None = None, *, backend: str = "auto") -> tuple[Tensor, State]:
     r"""Average the values seen so far, weighted by the softmax of their scores, at every position.
 
     The state after token t is the triple $(m_t, u_t, w_t)$ of the largest score, the denominator and the numerator:

@@ -73,9 +73,7 @@ def _backward(s: Tensor, v: Tensor, tops: Tensor, G: Tensor, r: Tensor) -> tuple
         dv[:, part] = dx[..., :E]
         ds[:, part] = torch.linalg.vecdot(v[:, part], dx[..., :E]) + dx[..., E]
         before = tops[:, start, None]
-        r = torch.exp(before - top[:, -1:]) * r + torch.einsum(
-            "rt,rte->re", torch.exp(before - top), G[:, part]
-        )
+        r = torch.exp(before - top[:, -1:]) * r + torch.einsum("rt,rte->re", torch.exp(before - top), G[:, part])
     return ds, dv, r
 
 

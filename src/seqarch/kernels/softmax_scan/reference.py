@@ -24,9 +24,7 @@ def softmax_scan_reference(s: Tensor, v: Tensor, m: Tensor, u: Tensor, w: Tensor
     return (torch.stack(outputs, dim=1) if outputs else v.clone()), m, u, w
 
 
-def absorb(
-    score: Tensor, value: Tensor, m: Tensor, u: Tensor, w: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def absorb(score: Tensor, value: Tensor, m: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Absorb one token, score ``(...)`` and value ``(..., E)``, into the state; return its output and the new state.
 
     The maximum only keeps the numbers in range: the output does not depend on it, so no gradient passes through it.

@@ -46,9 +46,7 @@ def _forward(
         inside = live[:, None] & (e < E)[None, :]
         scores = tl.load(s + scalar + t, mask=live, other=float("-inf"))
         values = tl.load(v + here, mask=inside, other=0.0)
-        table = tl.where(
-            i[:, None] >= i[None, :], scores[None, :], float("-inf")
-        )  # token t down, token j across
+        table = tl.where(i[:, None] >= i[None, :], scores[None, :], float("-inf"))  # token t down, token j across
         m = tl.maximum(tl.max(table, axis=1), top)
         safe = _safe(m)
         weights = tl.exp(table - safe[:, None])
@@ -99,9 +97,7 @@ def _backward(
         safe = _safe(tl.load(tops + scalar + row + t + 1, mask=live, other=float("inf")))
         end = _safe(tl.load(tops + scalar + row + tl.minimum(start + BT, T)))
         before = tl.load(tops + scalar + row + start)
-        table = tl.where(
-            i[None, :] >= i[:, None], scores[:, None], float("-inf")
-        )  # token j down, token t across
+        table = tl.where(i[None, :] >= i[:, None], scores[:, None], float("-inf"))  # token j down, token t across
         weights = tl.exp(table - safe[None, :])
         later = tl.exp(scores - end)
         dx = r[None, :] * later[:, None] + tl.dot(weights.to(DOT), grads.to(DOT), input_precision="ieee")
@@ -124,9 +120,7 @@ def _grid(x: Tensor) -> tuple[tuple[int, int], dict]:
     width = min(64, max(16, triton.next_power_of_2(E)))  # tl.dot wants at least 16 columns
     dot = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
     if x.is_cpu and dot is tl.bfloat16:
-        dot = (
-            tl.float32
-        )  # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers
+        dot = tl.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers
     return (R, triton.cdiv(E, width)), {"BT": BLOCK_T, "BE": width, "DOT": dot}
 
 
@@ -159,9 +153,7 @@ def _softmax_scan_backward(
     g = g.float()
     delta = -torch.linalg.vecdot(g, o.float()) * shares
     g = g * shares[..., None]
-    g = (
-        g if v.dtype == torch.float16 else g.to(v.dtype)
-    )  # g / u of a late token can be below the range of float16
+    g = g if v.dtype == torch.float16 else g.to(v.dtype)  # g / u of a late token can be below the range of float16
     grid, blocks = _grid(g)
     ds, dv = s.new_empty(grid[1], R, T), torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dw, du = s.new_empty(R, E), s.new_empty(R)
