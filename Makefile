@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
 .DEFAULT_GOAL := help
-.PHONY: book test serve execute record classroom benchmark clean help
+.PHONY: book test serve execute record classroom benchmark colab clean help
 
 book: $(READY)  ## build the HTML book from the stored outputs
 	$(BIN)/jupyter-book build . --toc book/_toc.yml --quiet -W --keep-going
@@ -17,6 +17,7 @@ test: $(READY)  ## check everything: code style, kernels, chapters, the book in 
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m tests.browser
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests
+	OMP_NUM_THREADS=1 SEQARCH_EXPLORE=stored TQDM_DISABLE=1 \
 	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax -p no:cacheprovider chapters
 
 serve: book  ## build the book and serve it on http://localhost:8000
@@ -34,6 +35,9 @@ classroom: $(READY)  ## write copies of the chapters without solutions to _build
 
 benchmark: $(READY)  ## time the kernels against their peers on this machine
 	$(BIN)/python -m benchmarks
+
+colab: $(READY)  ## try in a bare environment what happens on Colab (CHAPTER=01)
+	$(BIN)/python -m tests.colab $(CHAPTER)
 
 clean:  ## remove what was built (the environment stays; rm -r .venv removes it)
 	rm -rf _build .pytest_cache .ruff_cache .hypothesis dist

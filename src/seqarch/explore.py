@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from .figures import PLOTLY_MIME, as_json, check_words
+from .figures import PLOTLY_MIME, as_json, check_words, is_live
 
 MAX_CONTROLS = 3
 MAX_STATES = 60
@@ -139,18 +138,6 @@ class Explorer:
                 "text/plain": f"[Interactive figure] {self.caption} ({self.alt})",
             }
             display(bundle, raw=True)
-
-
-def is_live() -> bool:
-    """Whether a person sits at this kernel. ``SEQARCH_EXPLORE=live|stored`` decides; else any Jupyter kernel is live."""
-    chosen = os.environ.get("SEQARCH_EXPLORE")
-    if chosen in ("live", "stored"):
-        return chosen == "live"
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return hasattr(get_ipython(), "kernel")
 
 
 def _kind(values: list) -> str:

@@ -6,8 +6,10 @@ dark pages. The template leaves backgrounds transparent and text colour to the p
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,6 +172,18 @@ def as_json(fig: go.Figure, meta: Mapping[str, Any] | None = None) -> dict[str, 
     return stored
 
 
+def is_live() -> bool:
+    """Whether a person sits at this kernel. ``SEQARCH_EXPLORE=live|stored`` decides; else any Jupyter kernel is live."""
+    chosen = os.environ.get("SEQARCH_EXPLORE")
+    if chosen in ("live", "stored"):
+        return chosen == "live"
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return hasattr(get_ipython(), "kernel")
+
+
 class Figure:
     """A figure with a caption and alt text, as a notebook output."""
 
@@ -182,6 +196,15 @@ class Figure:
             PLOTLY_MIME: as_json(self.figure, {"caption": self.caption, "alt": self.alt}),
             "text/plain": f"[Figure] {self.caption} ({self.alt})",
         }
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import HTML, display
+
+        if is_live():  # plotly knows best how its figures reach this front end: Colab's differs from Jupyter's
+            self.figure.show()
+            display(HTML(f"<small>{html.escape(self.caption)}</small>"))
+        else:
+            display(self._repr_mimebundle_(), raw=True)
 
 
 def show(fig: go.Figure, *, caption: str, alt: str) -> Figure:

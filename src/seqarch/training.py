@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import seed_everything
+from ._nested import map_tensors, tensors_of
 
 Loss = Callable[..., Any]
 Data = Iterable | Callable[[int, torch.Generator], Any]
@@ -336,33 +337,17 @@ def _join_process_group() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _apply(function: Callable[[Tensor], Tensor], x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return function(x)
-    if isinstance(x, dict):
-        return {k: _apply(function, v) for k, v in x.items()}
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(_apply(function, v) for v in x))
-    if isinstance(x, (list, tuple)):
-        return type(x)(_apply(function, v) for v in x)
-    return x
-
-
 def _to(batch: Any, device: torch.device) -> Any:
-    return _apply(lambda t: t.to(device, non_blocking=True), batch)
+    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
 
 
 def _detach(state: Any) -> Any:
-    return _apply(torch.Tensor.detach, state)
+    return map_tensors(torch.Tensor.detach, state)
 
 
 def _describe(batch: Any) -> str:
     """Shapes of a batch, and where it holds NaN."""
-    parts: list[str] = []
-    _apply(
-        lambda t: (
-            parts.append(f"{tuple(t.shape)}{' with NaN' if t.is_floating_point() and t.isnan().any() else ''}") or t
-        ),
-        batch,
-    )
-    return ", ".join(parts) or type(batch).__name__
+    shapes = [
+        f"{tuple(t.shape)}{' with NaN' if t.is_floating_point() and t.isnan().any() else ''}" for t in tensors_of(batch)
+    ]
+    return ", ".join(shapes) or type(batch).__name__

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._nested import map_tensors, tensors_of
+
 __all__ = ["Hypothesis", "beam_search", "greedy_search"]
 
 StepFunction = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -40,23 +42,9 @@ class Hypothesis:
     finished: bool
 
 
-def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """Apply `function` to every tensor of a nested state."""
-    if isinstance(state, Tensor):
-        return function(state)
-    if isinstance(state, dict):
-        return {key: _map(function, value) for key, value in state.items()}
-    if isinstance(state, tuple) and hasattr(state, "_fields"):  # a namedtuple takes its fields one by one
-        return type(state)(*(_map(function, value) for value in state))
-    if isinstance(state, (tuple, list)):
-        return type(state)(_map(function, value) for value in state)
-    return state
-
-
 def _start(bos: int | Tensor, state: Any) -> Tensor:
     """The first symbols, ``(B,)``; the batch size comes from bos or else from the first tensor of the state."""
-    tensors: list[Tensor] = []
-    _map(lambda t: tensors.append(t) or t, state)
+    tensors = tensors_of(state)
     if isinstance(bos, Tensor):
         if bos.ndim != 1:
             raise ValueError(f"expected bos to be an integer or a tensor of shape (B,), got shape {tuple(bos.shape)}")
@@ -171,7 +159,7 @@ def beam_search(
     start = _start(bos, state)
     B, K = len(start), width
     token = start.repeat_interleave(K)
-    state = _map(lambda t: t.repeat_interleave(K, dim=0), state)
+    state = map_tensors(lambda t: t.repeat_interleave(K, dim=0), state)
     first_row = torch.arange(B, device=start.device)[:, None] * K
     # At the start all K partial sequences of a batch row are the same one: count it once.
     total = torch.full((B, K), float("-inf"), dtype=torch.double, device=start.device)
@@ -209,7 +197,7 @@ def beam_search(
         if torch.isneginf(total).all():
             break
         rows = (first_row + parent).flatten()
-        state = _map(lambda t, rows=rows: t.index_select(0, rows), state)
+        state = map_tensors(lambda t, rows=rows: t.index_select(0, rows), state)
         token = symbol.flatten()
 
     for b, k in torch.nonzero(torch.isfinite(total)).tolist():

@@ -62,9 +62,11 @@ def _prepare(
     starts = [
         xp.new_zeros(sizes["B"], H, dtype=dtype) if state is None else state.to(dtype) for state in states.values()
     ]
-    limit = None
-    if H > MAX_TRITON_HIDDEN:
-        limit = f"it takes hidden sizes up to {MAX_TRITON_HIDDEN}, got {H}"
+    largest, limit = MAX_TRITON_HIDDEN, None
+    if xp.is_cuda and torch.cuda.get_device_capability(xp.device) < (8, 0):
+        largest //= 2  # a step's operands must fit the 64 KB of shared memory of a T4
+    if H > largest:
+        limit = f"it takes hidden sizes up to {largest} on this device, got {H}"
     chosen = choose(backend, xp, dtypes=(torch.float32, torch.float16, torch.bfloat16), limit=limit)
     if xp.numel() == 0:
         chosen = "reference"
