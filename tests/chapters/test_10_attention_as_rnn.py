@@ -20,7 +20,9 @@ def table(s, v):
 
 class TestForms:
     @settings(max_examples=30)
-    @given(T=st.integers(1, 70), E=st.sampled_from([1, 3, 16]), size=st.sampled_from([1.0, 30.0]), seed=st.integers(0, 999))
+    @given(
+        T=st.integers(1, 70), E=st.sampled_from([1, 3, 16]), size=st.sampled_from([1.0, 30.0]), seed=st.integers(0, 999)
+    )
     def test_every_form_is_prefix_attention(self, T, E, size, seed):
         g = torch.Generator().manual_seed(seed)
         s, v = size * torch.randn(1, 2, T, generator=g), torch.randn(1, 2, T, E, generator=g)
@@ -143,7 +145,9 @@ class TestLayer:
         gaps = torch.linspace(math.log(1e-7), math.log(1e9), 200001, dtype=torch.float64).exp()[None]
         total = 0.0
         for mark in (0, 1):
-            density = torch.exp(-chapter.event_nll(out.expand(1, gaps.shape[1], 14), gaps, torch.full_like(gaps, mark).long()))
+            density = torch.exp(
+                -chapter.event_nll(out.expand(1, gaps.shape[1], 14), gaps, torch.full_like(gaps, mark).long())
+            )
             total += torch.trapezoid(density[0], gaps[0]).item()
         assert abs(total - 1) < 1e-3
 

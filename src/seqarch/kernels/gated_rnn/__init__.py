@@ -66,7 +66,7 @@ def _prepare(
     if xp.is_cuda and torch.cuda.get_device_capability(xp.device) < (8, 0):
         largest //= 2  # a step's operands must fit the 64 KB of shared memory of a T4
     if H > largest:
-        limit = f"it takes hidden sizes up to {largest} on this device, got {H}"
+        limit = f"it takes hidden sizes up to {largest}, got {H}"
     chosen = choose(backend, xp, dtypes=(torch.float32, torch.float16, torch.bfloat16), limit=limit)
     if xp.numel() == 0:
         chosen = "reference"
