@@ -24,10 +24,14 @@ WIDGETS = "application/vnd.jupyter.widget-view+json"
 
 SETUP = """\
 # Setup: on Colab or Kaggle this installs the book's package; where it is installed already, it does nothing.
-import importlib.util, os, subprocess, sys  # noqa: E401
+import importlib.util
+import os
+import subprocess
+import sys
 
 if importlib.util.find_spec("seqarch") is None:
-    source = os.environ.get("SEQARCH_SOURCE", "git+{repository}")
+    home = "git+{repository}"
+    source = os.environ.get("SEQARCH_SOURCE", home)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"seqarch[data] @ {{source}}"], check=True)
     importlib.invalidate_caches()"""
 
@@ -45,8 +49,8 @@ def repository_url(root: Path) -> str:
 
 
 def digest(nb: NotebookNode) -> str:
-    """Return a digest of all code cells: stored beside the outputs, it shows which code they came from."""
-    sources = [c.source.rstrip() for c in nb.cells if c.cell_type == "code"]
+    """Return a digest of all code cells but the stamped one: stored beside outputs, it shows which code made them."""
+    sources = [c.source.rstrip() for c in nb.cells if c.cell_type == "code" and "setup" not in tags(c)]
     return hashlib.sha256("\x00".join(sources).encode()).hexdigest()
 
 
