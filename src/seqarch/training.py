@@ -151,7 +151,8 @@ def fit(
     # Each process draws its own batches; with one process the seed is the caller's.
     generator = torch.Generator().manual_seed(seed + rank)
 
-    make = optimizer or (lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay))
+    fused = all(p.is_floating_point() for p in parameters)  # one call for all parameters; not for complex ones
+    make = optimizer or (lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay, fused=fused))
     opt = make(parameters)
     lr_schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: _lr_factor(s, total, schedule, warmup, final_lr))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16 and device.type == "cuda")

@@ -41,7 +41,9 @@ def compiler_for(capability: int, found: dict):
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         fixed = {p.name for p in self.params if p.is_constexpr}
-        signature = {n: "constexpr" if n in fixed or given[n] is None else signature_of(given[n]) for n in self.arg_names}
+        signature = {
+            n: "constexpr" if n in fixed or given[n] is None else signature_of(given[n]) for n in self.arg_names
+        }
         constants = {n: given[n] for n, kind in signature.items() if kind == "constexpr"}
         source = ASTSource(self, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
