@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONWARNINGS := ignore::DeprecationWarning
 
 .DEFAULT_GOAL := help
-.PHONY: book test serve execute record classroom benchmark colab clean help
+.PHONY: book test serve execute record classroom benchmark profile colab clean help
 
 book: $(READY)  ## build the HTML book from the stored outputs
 	$(BIN)/jupyter-book build . --toc book/_toc.yml --quiet -W --keep-going
@@ -35,6 +35,11 @@ classroom: $(READY)  ## write copies of the chapters without solutions to _build
 
 benchmark: $(READY)  ## time the kernels against their peers on this machine
 	$(BIN)/python -m benchmarks
+
+profile: $(READY)  ## what to read when a kernel is slow: registers, spills, bandwidth (KERNEL=linear_scan CHIP=90)
+	$(if $(KERNEL),,$(error name a kernel: make profile KERNEL=linear_scan))
+	$(BIN)/python -m benchmarks.codegen $(or $(CHIP),90) $(KERNEL)
+	$(BIN)/python -m benchmarks $(KERNEL)
 
 colab: $(READY)  ## try in a bare environment what happens on Colab (CHAPTER=01)
 	$(BIN)/python -m tests.colab $(CHAPTER)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak_bytes
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RELATIVE = {  # (outputs, gradients)
     torch.float64: (1e-10, 1e-10),
@@ -88,3 +90,24 @@ def assert_agree(
         if dtype in (torch.float16, torch.bfloat16) and ref.norm() > 1e-3:
             cosine = torch.nn.functional.cosine_similarity(x.double().flatten(), ref.flatten(), dim=0)
             assert cosine > 0.9999, f"gradient of {name}: cosine {cosine:.6f}"
+
+
+def assert_memory_is_linear(
+    run: Callable[..., Sequence[Tensor]],
+    make: Callable[[int], Sequence[Tensor]],
+    lengths: tuple[int, int, int] = (1024, 2048, 4096),
+) -> None:
+    """Assert that the peak of a forward and backward pass on a CPU grows by the same amount for every further step."""
+    peaks = []
+    for T in lengths:
+        inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in make(T)]
+        leaves = [x for x in inputs if x.requires_grad]
+
+        def both(inputs=inputs, leaves=leaves):
+            outputs = [o for o in run(*inputs) if o is not None and o.requires_grad]
+            torch.autograd.grad([o.sum() for o in outputs], leaves, allow_unused=True)
+
+        both()  # tables and caches are built before the count starts
+        peaks.append(peak_bytes(both))
+    slopes = [(peaks[i + 1] - peaks[i]) / (lengths[i + 1] - lengths[i]) for i in (0, 1)]
+    assert slopes[1] <= 1.1 * slopes[0], f"peaks {peaks} at lengths {lengths}: more than linear"

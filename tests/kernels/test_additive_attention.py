@@ -81,7 +81,7 @@ def assert_agree(backend, mask, tensors):
     [("triton", d) for d in (torch.float32, torch.bfloat16, torch.float16)]
     + [("parallel", d) for d in (torch.float32, torch.float64, torch.bfloat16)],
 )
-@settings(max_examples=50)
+@settings(max_examples=70)
 @given(
     B=st.integers(1, 3),
     M=st.one_of(st.sampled_from([1, 15, 16, 17, 33]), st.integers(1, 20)),

@@ -86,10 +86,15 @@ def compare(backend, dtype, cell, B, T, H, with_state, saturated, seed):
     )
 
 
+@settings(max_examples=140)
+@given(**shapes)
+def test_triton_agrees_with_the_definition(cell, B, T, H, with_state, saturated, seed):
+    compare("triton", torch.float32, cell, B, T, H, with_state, saturated, seed)
+
+
 @pytest.mark.parametrize(
     "backend, dtype",
     [
-        ("triton", torch.float32),
         ("parallel", torch.float32),
         ("parallel", torch.float64),
         ("reference", torch.float32),
@@ -103,7 +108,7 @@ def test_agrees_with_the_definition(backend, dtype, cell, B, T, H, with_state, s
 
 @pytest.mark.parametrize("backend", ["triton", "parallel"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@settings(max_examples=15)
+@settings(max_examples=30)
 @given(**half_shapes)
 def test_half_precision(backend, dtype, cell, B, T, H, with_state, saturated, seed):
     compare(backend, dtype, cell, B, T, H, with_state, saturated, seed)

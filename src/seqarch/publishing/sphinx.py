@@ -15,6 +15,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 from . import notebooks
+from .benchmarks import Benchmarks
 from .renderers import claim_html
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_directive("ledger", Ledger)
     app.add_directive("chapter-map", ChapterMap)
+    app.add_directive("benchmarks", Benchmarks)
     app.connect("builder-inited", copy_assets)
     app.connect("html-page-context", keep_local, priority=900)
     app.connect("doctree-read", name_planned_chapters)

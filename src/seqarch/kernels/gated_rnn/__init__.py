@@ -6,7 +6,7 @@ whole sequence, and walks along time with the state:
 $$h_t = \phi(x_{p,t} + h_{t-1} W_h^\top)$$
 
 and its gated relatives. Read the folder in this order: ``reference.py`` (the definition: three steps and a loop),
-``parallel.py`` (the lean loop with its gradient by hand), ``triton.py`` (GPU).
+``parallel.py`` (the lean loop with its gradient by hand), ``triton_kernels.py`` and ``triton.py`` (GPU).
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import dot_options
+
 BLOCK_T = 64
 
 
@@ -29,7 +31,7 @@ def _safe(m):
 @triton.jit
 def _forward(
     s, v, m0, u0, w0, o, shares, tops, uT, wT, T, E,
-    BT: tl.constexpr, BE: tl.constexpr, DOT: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and final state; also 1/u of every token, and the running maxima (T + 1 of them, the first is m0)."""
     row, block = tl.program_id(0), tl.program_id(1)
@@ -52,7 +54,7 @@ def _forward(
         weights = tl.exp(table - safe[:, None])
         kept = tl.exp(top - safe)
         sums = u * kept + tl.sum(weights, axis=1)
-        rows = w[None, :] * kept[:, None] + tl.dot(weights.to(DOT), values.to(DOT), input_precision="ieee")
+        rows = w[None, :] * kept[:, None] + tl.dot(weights.to(DOT), values.to(DOT), input_precision=PRECISION)
         share = tl.where(sums > 0, 1 / tl.where(sums > 0, sums, 1.0), 0.0)
         tl.store(o + here, (rows * share[:, None]).to(o.dtype.element_ty), mask=inside)
         if block == 0:
@@ -71,7 +73,7 @@ def _forward(
 @triton.jit
 def _backward(
     s, v, g, delta, tops, r0, q0, ds, dv, r1, q1, T, E, rows,
-    BT: tl.constexpr, BE: tl.constexpr, DOT: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of s (one part per value block), v and the incoming state.
 
@@ -100,7 +102,7 @@ def _backward(
         table = tl.where(i[None, :] >= i[:, None], scores[:, None], float("-inf"))  # token j down, token t across
         weights = tl.exp(table - safe[None, :])
         later = tl.exp(scores - end)
-        dx = r[None, :] * later[:, None] + tl.dot(weights.to(DOT), grads.to(DOT), input_precision="ieee")
+        dx = r[None, :] * later[:, None] + tl.dot(weights.to(DOT), grads.to(DOT), input_precision=PRECISION)
         tl.store(dv + here, dx.to(dv.dtype.element_ty), mask=inside)
         change = tl.sum(values * dx, axis=1)
         if block == 0:
@@ -118,10 +120,9 @@ def _grid(x: Tensor) -> tuple[tuple[int, int], dict]:
     """The launch grid (rows, value blocks) and the constants; x is the matrix operand of the tile product."""
     R, _, E = x.shape
     width = min(64, max(16, triton.next_power_of_2(E)))  # tl.dot wants at least 16 columns
-    dot = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
-    if x.is_cpu and dot is tl.bfloat16:
-        dot = tl.float32  # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers
-    return (R, triton.cdiv(E, width)), {"BT": BLOCK_T, "BE": width, "DOT": dot}
+    # without tensor cores (float32) a product keeps far more in registers
+    rows, warps = (32, 8) if x.dtype == torch.float32 else (BLOCK_T, 4)
+    return (R, triton.cdiv(E, width)), {"BT": rows, "BE": width, "num_warps": warps, **dot_options(x.dtype)}
 
 
 @torch.library.custom_op("seqarch::softmax_scan", mutates_args=())
