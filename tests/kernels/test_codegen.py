@@ -9,7 +9,9 @@ import pytest
 from ..notebooks import ROOT
 
 SHARED = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use: T4, A100, H100
-KERNELS = {p.parent.name for p in (ROOT / "src" / "seqarch" / "kernels").glob("*/*.py") if "@triton.jit" in p.read_text()}
+KERNELS = {
+    p.parent.name for p in (ROOT / "src" / "seqarch" / "kernels").glob("*/*.py") if "@triton.jit" in p.read_text()
+}
 
 
 @pytest.mark.parametrize("capability", SHARED)
