@@ -40,15 +40,23 @@ def tolerance(dtype: torch.dtype, steps: int, matmul: bool = False) -> tuple[flo
 
 
 def outputs_and_gradients(
-    run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], seed: int = 0
+    run: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    seed: int = 0,
+    dtypes: Sequence[torch.dtype] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run on fresh leaves and take gradients of a random linear functional of *all* outputs (states included)."""
+    """Run on fresh leaves and take gradients of a random linear functional of *all* outputs (states included).
+
+    The gradient that arrives at an output is rounded to `dtypes`, by default that of the output: a reference in double
+    precision is given the same numbers as the implementation it judges.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = [o for o in run(*leaves) if o is not None]
     generator = torch.Generator().manual_seed(seed)
     loss = 0.0
-    for o in outputs:
+    for o, dtype in zip(outputs, dtypes or [o.dtype for o in outputs], strict=True):
         weight = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device)
+        weight = weight if dtype.is_complex else weight.to(dtype).double()
         loss = loss + (
             (o.real * weight).sum() + (o.imag * weight.flip(0)).sum() if o.is_complex() else (o * weight).sum()
         )
@@ -77,8 +85,8 @@ def assert_agree(
         matmul: whether the outputs come out of matrix products.
     """
     wide = [x.to(torch.complex128 if x.is_complex() else torch.float64) for x in inputs]
-    want, want_gradients = outputs_and_gradients(reference, wide)
     got, got_gradients = outputs_and_gradients(run, inputs)
+    want, want_gradients = outputs_and_gradients(reference, wide, dtypes=[o.dtype for o in got])
     dtype = inputs[0].dtype
     for_outputs, for_gradients = tolerance(dtype, steps, matmul)
     assert len(got) == len(want)
@@ -100,12 +108,13 @@ def assert_memory_is_linear(
     """Assert that the peak of a forward and backward pass on a CPU grows by the same amount for every further step."""
     peaks = []
     for T in lengths:
-        inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in make(T)]
+        inputs = [x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex()) for x in make(T)]
         leaves = [x for x in inputs if x.requires_grad]
 
         def both(inputs=inputs, leaves=leaves):
             outputs = [o for o in run(*inputs) if o is not None and o.requires_grad]
-            torch.autograd.grad([o.sum() for o in outputs], leaves, allow_unused=True)
+            sums = [(torch.view_as_real(o) if o.is_complex() else o).sum() for o in outputs]
+            torch.autograd.grad(sums, leaves, allow_unused=True)
 
         both()  # tables and caches are built before the count starts
         peaks.append(peak_bytes(both))

@@ -6,23 +6,41 @@ automatic choice for a block of code.
 
 from ._dispatch import BACKENDS, default_dtype, use
 from .additive_attention import additive_scores
+from .cauchy import cauchy
+from .fftconv import fftconv
 from .gated_rnn import gru_scan, gru_step, lstm_scan, lstm_step, rnn_scan, rnn_step
+from .krylov import krylov
 from .linear_scan import linear_scan, linear_scan_step
+from .lti_scan import lti_scan, lti_scan_step
+from .segment_sum import segment_sum
 from .softmax_scan import softmax_scan, softmax_scan_step
+from .ssd import ssd, ssd_step
+from .tridiag import tridiag
+from .vandermonde import vandermonde
 
 __all__ = [
     "BACKENDS",
     "additive_scores",
+    "cauchy",
     "default_dtype",
+    "fftconv",
     "gru_scan",
     "gru_step",
+    "krylov",
     "linear_scan",
     "linear_scan_step",
     "lstm_scan",
     "lstm_step",
+    "lti_scan",
+    "lti_scan_step",
     "rnn_scan",
     "rnn_step",
+    "segment_sum",
     "softmax_scan",
     "softmax_scan_step",
+    "ssd",
+    "ssd_step",
+    "tridiag",
     "use",
+    "vandermonde",
 ]

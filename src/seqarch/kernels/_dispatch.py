@@ -98,7 +98,7 @@ def choose(
         _check_backend(backend)
     if backend in ("reference", "parallel"):
         return backend
-    reason = _why_not_triton(tensors, dtypes) or limit
+    reason = limit or _why_not_triton(tensors, dtypes)
     if backend == "triton":
         if reason:
             raise ValueError(f'backend="triton" cannot run here: {reason}')
@@ -132,7 +132,7 @@ def check_shape(name: str, tensor: Tensor, shape: str, sizes: dict[str, int]) ->
     wanted = [int(s) if s.isdigit() else sizes.get(s) for s in letters]
     if not isinstance(tensor, Tensor):
         raise ValueError(f"expected {name} to be a tensor of shape ({', '.join(letters)}), got {type(tensor).__name__}")
-    known = ", ".join(f"{s} = {sizes[s]}" for s in letters if s in sizes)
+    known = ", ".join(f"{s} = {sizes[s]}" for s in dict.fromkeys(letters) if s in sizes)
     if tensor.ndim != len(letters) or any(w not in (None, n) for w, n in zip(wanted, tensor.shape, strict=True)):
         raise ValueError(
             f"expected {name} of shape ({', '.join(letters)}){' with ' + known if known else ''}, got {tuple(tensor.shape)}"
@@ -152,9 +152,14 @@ def check_same(reference: tuple[str, Tensor], *others: tuple[str, Tensor], dtype
             raise ValueError(f"expected {other_name} of dtype {first.dtype} like {name}, got {other.dtype}")
 
 
+def debugging() -> bool:
+    """Whether `use(debug=True)` is in force: values may be looked at, whatever it costs."""
+    return _settings["debug"]
+
+
 def check_values(**tensors: Tensor | None) -> None:
     """Under `use(debug=True)`, raise ValueError when an input holds NaN. Without it, cost nothing: no sync."""
-    if not _settings["debug"]:
+    if not debugging():
         return
     for name, tensor in tensors.items():
         if tensor is not None and torch.isnan(tensor).any():
