@@ -6,12 +6,16 @@ automatic choice for a block of code.
 
 from ._dispatch import BACKENDS, default_dtype, use
 from .additive_attention import additive_scores
+from .block2_scan import block2_scan, block2_scan_step
 from .cauchy import cauchy
+from .depthwise_conv1d import depthwise_conv1d, depthwise_conv1d_step
 from .fftconv import fftconv
 from .gated_rnn import gru_scan, gru_step, lstm_scan, lstm_step, rnn_scan, rnn_step
 from .krylov import krylov
 from .linear_scan import linear_scan, linear_scan_step
 from .lti_scan import lti_scan, lti_scan_step
+from .newton_schulz import newton_schulz
+from .plstm2d import plstm2d, plstm2d_four
 from .segment_sum import segment_sum
 from .softmax_scan import softmax_scan, softmax_scan_step
 from .ssd import ssd, ssd_step
@@ -21,8 +25,12 @@ from .vandermonde import vandermonde
 __all__ = [
     "BACKENDS",
     "additive_scores",
+    "block2_scan",
+    "block2_scan_step",
     "cauchy",
     "default_dtype",
+    "depthwise_conv1d",
+    "depthwise_conv1d_step",
     "fftconv",
     "gru_scan",
     "gru_step",
@@ -33,6 +41,9 @@ __all__ = [
     "lstm_step",
     "lti_scan",
     "lti_scan_step",
+    "newton_schulz",
+    "plstm2d",
+    "plstm2d_four",
     "rnn_scan",
     "rnn_step",
     "segment_sum",
