@@ -8,13 +8,17 @@ from ._dispatch import BACKENDS, default_dtype, use
 from .additive_attention import additive_scores
 from .block2_scan import block2_scan, block2_scan_step
 from .cauchy import cauchy
+from .chart import gather_children, gather_parents, put_cells, softmax_mix
+from .delta_rule import delta_rule, delta_rule_step
 from .depthwise_conv1d import depthwise_conv1d, depthwise_conv1d_step
 from .fftconv import fftconv
 from .gated_rnn import gru_scan, gru_step, lstm_scan, lstm_step, rnn_scan, rnn_step
 from .krylov import krylov
+from .lif import lif, lif_step
 from .linear_scan import linear_scan, linear_scan_step
 from .lti_scan import lti_scan, lti_scan_step
 from .newton_schulz import newton_schulz
+from .ngram_attention import ngram_attention, ngram_attention_step
 from .plstm2d import plstm2d, plstm2d_four
 from .segment_sum import segment_sum
 from .softmax_scan import softmax_scan, softmax_scan_step
@@ -29,12 +33,18 @@ __all__ = [
     "block2_scan_step",
     "cauchy",
     "default_dtype",
+    "delta_rule",
+    "delta_rule_step",
     "depthwise_conv1d",
     "depthwise_conv1d_step",
     "fftconv",
+    "gather_children",
+    "gather_parents",
     "gru_scan",
     "gru_step",
     "krylov",
+    "lif",
+    "lif_step",
     "linear_scan",
     "linear_scan_step",
     "lstm_scan",
@@ -42,11 +52,15 @@ __all__ = [
     "lti_scan",
     "lti_scan_step",
     "newton_schulz",
+    "ngram_attention",
+    "ngram_attention_step",
     "plstm2d",
     "plstm2d_four",
+    "put_cells",
     "rnn_scan",
     "rnn_step",
     "segment_sum",
+    "softmax_mix",
     "softmax_scan",
     "softmax_scan_step",
     "ssd",

@@ -129,15 +129,18 @@ def check_shape(name: str, tensor: Tensor, shape: str, sizes: dict[str, int]) ->
     for itself.
     """
     letters = shape.split()
-    wanted = [int(s) if s.isdigit() else sizes.get(s) for s in letters]
     if not isinstance(tensor, Tensor):
         raise ValueError(f"expected {name} to be a tensor of shape ({', '.join(letters)}), got {type(tensor).__name__}")
     known = ", ".join(f"{s} = {sizes[s]}" for s in dict.fromkeys(letters) if s in sizes)
-    if tensor.ndim != len(letters) or any(w not in (None, n) for w, n in zip(wanted, tensor.shape, strict=True)):
+    fits, bound = tensor.ndim == len(letters), dict(sizes)
+    for letter, size in zip(letters, tensor.shape, strict=False):
+        wanted = int(letter) if letter.isdigit() else bound.setdefault(letter, size)
+        fits = fits and wanted == size
+    if not fits:
         raise ValueError(
             f"expected {name} of shape ({', '.join(letters)}){' with ' + known if known else ''}, got {tuple(tensor.shape)}"
         )
-    sizes.update(zip(letters, tensor.shape, strict=True))
+    sizes.update(bound)
 
 
 def check_same(reference: tuple[str, Tensor], *others: tuple[str, Tensor], dtype: bool = True) -> None:
