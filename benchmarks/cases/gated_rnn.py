@@ -49,4 +49,5 @@ def launches(x, dtype, capability):
     for H in (16, 64) if capability < 80 else (16, 64, 128):
         yield rnn_scan, (x(20, 9, H), x(H, H))
         yield lstm_scan, (x(20, 9, 4 * H), x(4 * H, H))
+        yield functools.partial(lstm_scan, cont=torch.ones(20, 9)), (x(20, 9, 4 * H), x(4 * H, H))
         yield gru_scan, (x(20, 9, 3 * H), x(3 * H, H), x(3 * H))

@@ -114,6 +114,76 @@ def test_half_precision(backend, dtype, cell, B, T, H, with_state, saturated, se
     compare(backend, dtype, cell, B, T, H, with_state, saturated, seed)
 
 
+def with_flags(backend, cont):
+    def run(*tensors):
+        h, (hT, sT) = lstm_scan(*tensors, cont=cont, backend=backend)
+        return h, hT, sT
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, cases",
+    [("triton", torch.float32, 40), ("parallel", torch.float32, 30), ("parallel", torch.float64, 30)],
+)
+def test_continuation_flags_agree_with_the_definition(backend, dtype, cases):
+    @settings(max_examples=cases)
+    @given(
+        **{name: shapes[name] for name in ("B", "T", "H", "saturated", "seed")}, share=st.sampled_from([0.0, 0.5, 1.0])
+    )
+    def check(B, T, H, saturated, seed, share):
+        tensors = inputs("lstm", B, T, H, dtype, saturated, seed)
+        cont = (torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
+        names = NAMES["lstm"]
+        assert_agree(
+            with_flags(backend, cont),
+            with_flags("reference", cont),
+            tensors,
+            steps=T,
+            names=names,
+            loose=names,
+            matmul=True,
+        )
+
+    check()
+
+
+@pytest.mark.parametrize("backend", ["reference", "parallel"])
+def test_gradcheck_with_continuation_flags(backend):
+    cont = torch.tensor([[1, 0, 1], [0, 1, 0]], device=DEVICE)
+    assert torch.autograd.gradcheck(
+        with_flags(backend, cont), [x.requires_grad_() for x in inputs("lstm", 2, 3, 2, torch.float64)]
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "parallel", "triton"])
+class TestContinuation:
+    def test_packed_sequences_equal_separate_ones(self, backend):
+        xp, w_h, h0, s0 = inputs("lstm", 2, 12, 5)
+        cont = torch.ones(2, 12, device=DEVICE)
+        cont[:, [0, 7]] = 0
+        h, (hT, sT) = lstm_scan(xp, w_h, h0, s0, cont, backend=backend)
+        first, _ = lstm_scan(xp[:, :7], w_h, backend=backend)
+        second, final = lstm_scan(xp[:, 7:], w_h, backend=backend)
+        torch.testing.assert_close(h, torch.cat([first, second], dim=1))
+        torch.testing.assert_close((hT, sT), final)
+        assert not torch.allclose(lstm_scan(xp, w_h, backend=backend)[0][:, 7:], second, atol=1e-3)
+
+    def test_flags_of_one_change_nothing(self, backend):
+        tensors = inputs("lstm", 2, 9, 5)
+        h, final = lstm_scan(*tensors, torch.ones(2, 9, dtype=torch.bool, device=DEVICE), backend=backend)
+        want, wanted = lstm_scan(*tensors, backend=backend)
+        assert torch.equal(h, want) and all(torch.equal(x, y) for x, y in zip(final, wanted, strict=True))
+
+    def test_no_gradient_crosses_a_zero(self, backend):
+        xp, w_h, h0, s0 = (x.requires_grad_() for x in inputs("lstm", 1, 8, 3))
+        cont = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]], device=DEVICE)
+        h, _ = lstm_scan(xp, w_h, h0, s0, cont, backend=backend)
+        before = torch.autograd.grad(h[:, 3:].sum(), (xp, h0, s0))
+        assert (before[0][:, :3] == 0).all() and (before[0][:, 4:] != 0).all()
+        assert (before[1] == 0).all() and (before[2] == 0).all()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("B, T, H", [(1, 1, 1), (2, 40, 17), (2, 3, 64), (1, 2, 128), (33, 2, 3), (1, 130, 4)])
 def test_sizes_at_the_edges(cell, B, T, H):
@@ -293,6 +363,15 @@ b_h = torch.zeros(9, device=DEVICE)
             lambda: rnn_scan(xp[..., :3], w_h[:3], activation="sigmoid"),
             "expected activation to be one of tanh, relu, got 'sigmoid'",
         ),
+        (
+            lambda: lstm_scan(xp, w_h, cont=xp[:, :5, 0]),
+            r"expected cont of shape \(B, T\) with B = 2, T = 6, got \(2, 5\)",
+        ),
+        (
+            lambda: lstm_scan(xp, w_h, cont=torch.full((2, 6), 2)),
+            "expected cont to hold only 0 .* and 1 .* got other values",
+        ),
+        (lambda: lstm_scan(xp, w_h, cont=torch.ones(2, 6, device="meta")), "expected cont on .* like xp, got meta"),
         (lambda: lstm_scan(xp, w_h, backend="cuda"), "expected backend to be one of .* got 'cuda'"),
         (
             lambda: rnn_scan(

@@ -164,6 +164,66 @@ def test_parameter_counts():
     assert count(LSTM(16, 32, 2, bidirectional=True)) == 2 * 4 * 32 * (16 + 32 + 1) + 2 * 4 * 32 * (64 + 32 + 1)
 
 
+class TestStaticInput:
+    def test_once_per_sequence_equals_at_every_step(self):
+        """W_s x added once is the same as x beside every input, with its columns in W_x."""
+        ours, plain = build("lstm", 4, 5, 2, static_size=3), build("lstm", 7, 5, 2)
+        plain.load_state_dict(
+            {k: v for k, v in ours.state_dict().items() if k != "static.weight"}
+            | {"layers.0.w_x": torch.cat([ours.layers[0].w_x, ours.static.weight], dim=1)}
+        )
+        x, fixed = torch.randn(2, 6, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+        got, _ = ours(x, x_static=fixed)
+        want, _ = plain(torch.cat([x, fixed[:, None].expand(2, 6, 3)], dim=-1))
+        torch.testing.assert_close(got, want)
+        state = None
+        for t in range(6):
+            out, state = ours.step(x[:, t], state, fixed)
+            torch.testing.assert_close(out, got[:, t])
+
+    @pytest.mark.parametrize(
+        "size, given, message",
+        [
+            (3, None, r"expected x_static of shape \(B, static_size\) = \(2, 3\), got None"),
+            (3, torch.zeros(2, 4), r"expected x_static of shape .* = \(2, 3\), got \(2, 4\)"),
+            (None, torch.zeros(2, 4), "expected x_static=None: this LSTM was made without static_size"),
+        ],
+    )
+    def test_errors(self, size, given, message):
+        with pytest.raises(ValueError, match=message):
+            LSTM(4, 5, static_size=size)(torch.zeros(2, 6, 4), x_static=given)
+
+    def test_error_for_two_directions(self):
+        with pytest.raises(ValueError, match="expected static_size of at least 1 in a one-directional LSTM, got 3"):
+            LSTM(4, 5, static_size=3, bidirectional=True)
+
+
+class TestContinuation:
+    @pytest.mark.parametrize("num_layers", [1, 2])
+    def test_packed_sequences_equal_separate_ones(self, num_layers):
+        layer, x = build("lstm", 4, 5, num_layers), torch.randn(2, 9, 4, dtype=torch.float64)
+        cont = torch.ones(2, 9)
+        cont[:, [0, 4]] = 0
+        packed, state = layer(x, cont=cont)
+        first, _ = layer(x[:, :4])
+        second, alone = layer(x[:, 4:])
+        torch.testing.assert_close(packed, torch.cat([first, second], dim=1))
+        torch.testing.assert_close(state, alone)
+        assert not torch.allclose(layer(x)[0][:, 4:], second, atol=1e-3)
+
+    def test_flags_in_the_padding_change_nothing(self):
+        layer, x = build("lstm", 4, 5), torch.randn(2, 9, 4, dtype=torch.float64)
+        cont, lengths = torch.ones(2, 9), torch.tensor([6, 9])
+        want, state = layer(x, lengths=lengths, cont=cont)
+        cont[0, 6:] = 0
+        got, same = layer(x, lengths=lengths, cont=cont)
+        torch.testing.assert_close((got, same), (want, state))
+
+    def test_error_for_two_directions(self):
+        with pytest.raises(ValueError, match="expected cont=None in a bidirectional LSTM"):
+            LSTM(4, 5, bidirectional=True)(torch.zeros(2, 6, 4), cont=torch.ones(2, 6))
+
+
 @every_kind
 def test_dropout_between_layers_only_in_training(kind):
     model = build(kind, 3, 8, 2, dropout=0.5)

@@ -64,18 +64,30 @@ class _Direction(nn.Module):
         """Make the state stand still on padding, by pre-activations that saturate the gates exactly."""
         return xp
 
-    def scan(self, xp: Tensor, state: tuple[Tensor, ...] | None, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def scan(
+        self, xp: Tensor, state: tuple[Tensor, ...] | None, backend: str, **options
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         raise NotImplementedError
 
     def forward(
-        self, x: Tensor, state: tuple[Tensor, ...] | None, lengths: Tensor | None, backend: str
+        self,
+        x: Tensor,
+        state: tuple[Tensor, ...] | None,
+        lengths: Tensor | None,
+        backend: str,
+        static: Tensor | None = None,
+        cont: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if lengths is None:
-            return self.scan(F.linear(x, self.w_x, self.b), state, backend)
-        # What stands in the padding must not matter, not even a NaN, and not in the gradient of w_x either.
-        real = length_mask(lengths, x.shape[1])[:, :, None]
-        xp = F.linear(x.masked_fill(~real, 0.0), self.w_x, self.b)
-        h, state = self.scan(self.freeze(xp, real), state, backend)
+        real = None if lengths is None else length_mask(lengths, x.shape[1])[:, :, None]
+        if real is not None:  # what stands in the padding must not matter, not even a NaN
+            x = x.masked_fill(~real, 0.0)
+        xp = F.linear(x, self.w_x, self.b)
+        if static is not None:
+            xp = xp + static[:, None]
+        options = {} if cont is None else {"cont": cont if real is None else (cont != 0) | ~real[..., 0]}
+        if real is None:
+            return self.scan(xp, state, backend, **options)
+        h, state = self.scan(self.freeze(xp, real), state, backend, **options)
         last = h[torch.arange(len(h), device=h.device), lengths - 1]
         return h.masked_fill(~real, 0.0), (last.to(state[0].dtype), *state[1:])
 
@@ -107,11 +119,12 @@ class _LSTMDirection(_Direction):
         i, f, g, o = xp.chunk(4, dim=-1)
         return torch.cat([i.where(real, -SATURATED), f.where(real, SATURATED), g, o], dim=-1)
 
-    def scan(self, xp, state, backend):
-        return lstm_scan(xp, self.w_h, *(state or ()), backend=backend)
+    def scan(self, xp, state, backend, cont=None):
+        return lstm_scan(xp, self.w_h, *(state or (None, None)), cont, backend=backend)
 
-    def step(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return lstm_step(F.linear(x, self.w_x, self.b), self.w_h, *state)
+    def step(self, x: Tensor, state: tuple[Tensor, ...], static: Tensor | None = None) -> tuple[Tensor, ...]:
+        xp = F.linear(x, self.w_x, self.b)
+        return lstm_step(xp if static is None else xp + static, self.w_h, *state)
 
 
 class _GRUDirection(_Direction):
@@ -197,6 +210,17 @@ class _Recurrent(nn.Module):
         Raises:
             ValueError: wrong shape of x, state or lengths; T = 0; a length outside 1..T.
         """
+        return self._run(x, state, lengths)
+
+    def _run(
+        self,
+        x: Tensor,
+        state: State | None,
+        lengths: Tensor | None,
+        static: Tensor | None = None,
+        cont: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """`forward`, with what an LSTM takes besides; `static` belongs to the first layer, `cont` to all."""
         if x.ndim != 3 or x.shape[-1] != self.input_size:
             raise ValueError(f"expected x of shape (B, T, D) with D = {self.input_size}, got {tuple(x.shape)}")
         B, T, _ = x.shape
@@ -216,7 +240,7 @@ class _Recurrent(nn.Module):
         for number, layer in enumerate(self.layers):
             if number and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            out, end = layer(x, next(rows), lengths, self.backend)
+            out, end = layer(x, next(rows), lengths, self.backend, None if number else static, cont)
             final.append(end)
             if self.backward_layers is not None:
                 turned = reverse_within_length(x, lengths)
@@ -228,6 +252,9 @@ class _Recurrent(nn.Module):
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Run one step: x ``(B, D)`` -> the output ``(B, H)`` and the new state. For generating and streaming."""
+        return self._step(x, state)
+
+    def _step(self, x: Tensor, state: State | None, static: Tensor | None = None) -> tuple[Tensor, State]:
         if self.bidirectional:
             raise ValueError("expected a one-directional layer: the backward direction needs the end of the sequence")
         if x.ndim != 2 or x.shape[-1] != self.input_size:
@@ -238,7 +265,8 @@ class _Recurrent(nn.Module):
             if number and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             start = row or (x.new_zeros(len(x), self.hidden_size),) * self.parts
-            final.append(layer.step(x, start))
+            options = {} if number or static is None else {"static": static}
+            final.append(layer.step(x, start, **options))
             x = final[-1][0]
         return x, self._join(final)
 
@@ -294,6 +322,8 @@ class LSTM(_Recurrent):
         bidirectional: add a second direction, from the end to the start; outputs are concatenated.
         forget_bias: initial bias of the forget gate; the larger, the longer a fresh cell remembers.
         dropout: probability of dropping an input of the second and higher layers.
+        static_size: features of an input that stays the same for a whole sequence, such as an image to be described.
+            It enters the first layer through a matrix of its own, without a bias, once per sequence and not per step.
         backend: of the kernel, see `seqarch.kernels`.
 
     The state is the pair (h, s), each ``(B, layers, H)``. Matrices start uniform in $\pm 1/\sqrt H$, other biases at zero.
@@ -310,12 +340,67 @@ class LSTM(_Recurrent):
         bidirectional: bool = False,
         forget_bias: float = 1.0,
         dropout: float = 0.0,
+        static_size: int | None = None,
         backend: str = "auto",
     ):
         def make(width: int) -> _Direction:
             return _LSTMDirection(width, hidden_size, forget_bias)
 
         super().__init__(make, input_size, hidden_size, num_layers, bidirectional, dropout, backend)
+        if static_size is not None and (bidirectional or static_size < 1):
+            raise ValueError(
+                f"expected static_size of at least 1 in a one-directional LSTM, got {static_size} "
+                f"with bidirectional={bidirectional}"
+            )
+        self.static_size = static_size
+        self.static = None if static_size is None else nn.Linear(static_size, 4 * hidden_size, bias=False)
+        if self.static is not None:
+            nn.init.uniform_(self.static.weight, -1 / math.sqrt(hidden_size), 1 / math.sqrt(hidden_size))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+        *,
+        cont: Tensor | None = None,
+        x_static: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Run the whole sequence.
+
+        Args:
+            x, state, lengths: as in the other layers: ``(B, T, D)``, the state before the first step, ``(B,)`` integers.
+            cont: continuation flags, ``(B, T)`` of 0 and 1: a 0 empties the state of every layer before its step, so that
+                several sequences can stand one after the other in a row. Not with two directions.
+            x_static: the input that stays the same, ``(B, static_size)``; needed if and only if static_size was given.
+
+        Returns:
+            The last layer's outputs ``(B, T, H)`` (``2H`` for two directions) and the final state.
+
+        Raises:
+            ValueError: wrong shape of any of them; T = 0; a length outside 1..T; flags other than 0 and 1.
+        """
+        if cont is not None and self.bidirectional:
+            raise ValueError(
+                "expected cont=None in a bidirectional LSTM: backwards, the flags mark ends and not starts"
+            )
+        return self._run(x, state, lengths, self._static(x_static, x), cont)
+
+    def step(self, x: Tensor, state: State | None = None, x_static: Tensor | None = None) -> tuple[Tensor, State]:
+        """Run one step: x ``(B, D)``, x_static ``(B, static_size)`` -> the output ``(B, H)`` and the new state."""
+        return self._step(x, state, self._static(x_static, x))
+
+    def _static(self, x_static: Tensor | None, x: Tensor) -> Tensor | None:
+        """The static input's part of the pre-activations, ``(B, 4H)``."""
+        if self.static is None:
+            if x_static is not None:
+                raise ValueError("expected x_static=None: this LSTM was made without static_size")
+            return None
+        wanted = (len(x), self.static_size)
+        if not isinstance(x_static, Tensor) or tuple(x_static.shape) != wanted:
+            got = tuple(x_static.shape) if isinstance(x_static, Tensor) else x_static
+            raise ValueError(f"expected x_static of shape (B, static_size) = {wanted}, got {got}")
+        return self.static(x_static)
 
 
 class GRU(_Recurrent):

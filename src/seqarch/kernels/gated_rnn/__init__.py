@@ -73,6 +73,16 @@ def _prepare(
     return starts, chosen
 
 
+def _flags(cont: Tensor, xp: Tensor) -> Tensor:
+    """Check continuation flags for xp; return them as bool."""
+    check_shape("cont", cont, "B T", {"B": xp.shape[0], "T": xp.shape[1]})
+    if cont.device != xp.device:
+        raise ValueError(f"expected cont on {xp.device} like xp, got {cont.device}")
+    if cont.dtype != torch.bool and not ((cont == 0) | (cont == 1)).all():
+        raise ValueError("expected cont to hold only 0 (a new sequence) and 1 (the last one goes on), got other values")
+    return cont.bool()
+
+
 def rnn_scan(
     xp: Tensor, w_h: Tensor, h0: Tensor | None = None, activation: str = "tanh", *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -106,18 +116,29 @@ def rnn_scan(
 
 
 def lstm_scan(
-    xp: Tensor, w_h: Tensor, h0: Tensor | None = None, s0: Tensor | None = None, *, backend: str = "auto"
+    xp: Tensor,
+    w_h: Tensor,
+    h0: Tensor | None = None,
+    s0: Tensor | None = None,
+    cont: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     r"""Run the LSTM recurrence over the time axis.
 
     $$[i, f, g, o] = x_{p,t} + h_{t-1} W_h^\top,\qquad
       s_t = \sigma(f) \odot s_{t-1} + \sigma(i) \odot \tanh(g),\qquad h_t = \sigma(o) \odot \tanh(s_t).$$
 
+    With continuation flags $\delta_t$, the step uses $\delta_t h_{t-1}$ and $\delta_t s_{t-1}$: a 0 starts a new sequence.
+
     Args:
         xp: the input part of the pre-activations, $x W_x^\top + b$, ``(B, T, 4H)``, blocks in the order i, f, g, o.
         w_h: the recurrent weights, ``(4H, H)``, row blocks in the same order.
         h0: the output before the first step, ``(B, H)``; None is zero.
         s0: the cell state before the first step, ``(B, H)``; None is zero.
+        cont: continuation flags, ``(B, T)``, bool or 0 and 1; a 0 empties the state before its step, so that several
+            sequences fit one row. None continues everywhere. (Flags that are not bool are checked, which makes a GPU
+            wait.) They have no gradient.
         backend: ``"auto"``, ``"reference"``, ``"parallel"`` or ``"triton"``.
 
     Returns:
@@ -128,11 +149,13 @@ def lstm_scan(
         ValueError: wrong shape, dtype, device or backend, with what was expected and what was given.
     """
     (h0, s0), chosen = _prepare(xp, w_h, 4, backend, {"h0": h0, "s0": s0})
+    if cont is not None:
+        cont = _flags(cont, xp)
     if chosen == "triton":
         from .triton import lstm_scan_triton as scan
     else:
         scan = lstm_scan_reference if chosen == "reference" else lstm_scan_parallel
-    h, hT, sT = scan(xp, w_h, h0, s0)
+    h, hT, sT = scan(xp, w_h, h0, s0, cont)
     return h, (hT, sT)
 
 

@@ -34,9 +34,9 @@ def _with_start(h0: Tensor, steps: int) -> Tensor:
     return states
 
 
-def weight_gradient(delta: Tensor, states: Tensor) -> Tensor:
-    r"""$\sum_t \delta_t^\top h_{t-1}$ as one product: delta ``(T, B, kH)``, states ``(T + 1, B, H)`` -> ``(kH, H)``."""
-    return delta.flatten(0, 1).T @ states[:-1].flatten(0, 1)
+def weight_gradient(delta: Tensor, before: Tensor) -> Tensor:
+    r"""$\sum_t \delta_t^\top h_{t-1}$ as one product: delta ``(T, B, kH)``, the states before ``(T, B, H)`` -> ``(kH, H)``."""
+    return delta.flatten(0, 1).T @ before.flatten(0, 1)
 
 
 class _RNN(torch.autograd.Function):
@@ -66,63 +66,77 @@ class _RNN(torch.autograd.Function):
         for g_t, delta_t in zip(reversed(grads), reversed(delta.unbind(0)), strict=True):
             delta_t.mul_(dh + g_t)
             dh = delta_t @ w
-        return delta.transpose(0, 1).to(ctx.dtype), weight_gradient(delta, states).to(w_h.dtype), dh, None
+        return delta.transpose(0, 1).to(ctx.dtype), weight_gradient(delta, states[:-1]).to(w_h.dtype), dh, None
 
 
 class _LSTM(torch.autograd.Function):
     """The LSTM recurrence, blocks i, f, g, o."""
 
     @staticmethod
-    def forward(ctx, xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor):
+    def forward(ctx, xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor, cont: Tensor | None):
         gates = _time_major(xp, h0.dtype)
         H = h0.shape[1]
         h_all, s_all, w = _with_start(h0, len(gates)), _with_start(s0, len(gates)), w_h.to(h0.dtype).T
         h, s = h_all.unbind(0), s_all.unbind(0)
+        if cont is None:  # every step starts where the last one ended: the same memory, one row earlier
+            h_before, s_before = h_all[:-1], s_all[:-1]
+        else:
+            cont = cont.T[..., None].to(h0.dtype)
+            h_before, s_before = torch.empty_like(h_all[1:]), torch.empty_like(s_all[1:])
+        h_in, s_in = h_before.unbind(0), s_before.unbind(0)
         i, f, g, o = (block.unbind(0) for block in gates.split(H, dim=-1))
         i_and_f = gates[..., : 2 * H].unbind(0)
         for t, a_t in enumerate(gates.unbind(0)):
-            a_t.addmm_(h[t], w)
+            if cont is not None:
+                torch.mul(h[t], cont[t], out=h_in[t])
+                torch.mul(s[t], cont[t], out=s_in[t])
+            a_t.addmm_(h_in[t], w)
             i_and_f[t].sigmoid_()
             g[t].tanh_()
             o[t].sigmoid_()
-            torch.mul(f[t], s[t], out=s[t + 1]).addcmul_(i[t], g[t])
+            torch.mul(f[t], s_in[t], out=s[t + 1]).addcmul_(i[t], g[t])
             torch.tanh(s[t + 1], out=h[t + 1]).mul_(o[t])
-        ctx.save_for_backward(w_h, gates, h_all, s_all)
+        ctx.save_for_backward(w_h, gates, h_before, s_before, s_all[1:], cont)
         ctx.dtype = xp.dtype
         return h_all[1:].transpose(0, 1).to(xp.dtype), h_all[-1].clone(), s_all[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_h: Tensor, grad_hT: Tensor, grad_sT: Tensor):
-        w_h, gates, h_all, s_all = ctx.saved_tensors
-        w, H = w_h.to(h_all.dtype), h_all.shape[2]
-        delta, to_s = lstm_factors(gates, s_all)
+        w_h, gates, h_before, s_before, s_after, cont = ctx.saved_tensors
+        w, H = w_h.to(h_before.dtype), h_before.shape[2]
+        delta, to_s = lstm_factors(gates, s_before, s_after)
+        keep = gates[..., H : 2 * H] if cont is None else cont * gates[..., H : 2 * H]
+        flags = [None] * len(gates) if cont is None else cont.unbind(0)
         delta_s, delta_h = delta.unflatten(-1, (4, H)).split([3, 1], dim=-2)
         steps = zip(
-            *(reversed(x.unbind(0)) for x in (grad_h.to(w.dtype).transpose(0, 1), to_s, gates[..., H : 2 * H])),
+            *(reversed(x.unbind(0)) for x in (grad_h.to(w.dtype).transpose(0, 1), to_s, keep)),
             *(reversed(x.unbind(0)) for x in (delta, delta_s, delta_h.squeeze(-2))),
+            reversed(flags),
             strict=True,
         )
         dh, ds = grad_hT.clone(), grad_sT.clone()
-        for g_t, to_s_t, f_t, delta_t, delta_s_t, delta_h_t in steps:
+        for g_t, to_s_t, keep_t, delta_t, delta_s_t, delta_h_t, cont_t in steps:
             dh += g_t
             ds.addcmul_(dh, to_s_t)
             delta_s_t.mul_(ds[:, None])  # i, f and g act on the cell state
             delta_h_t.mul_(dh)  # o acts on the output
             torch.mm(delta_t, w, out=dh)
-            ds *= f_t
-        return delta.transpose(0, 1).to(ctx.dtype), weight_gradient(delta, h_all).to(w_h.dtype), dh, ds
+            ds *= keep_t
+            if cont_t is not None:
+                dh *= cont_t
+        return delta.transpose(0, 1).to(ctx.dtype), weight_gradient(delta, h_before).to(w_h.dtype), dh, ds, None
 
 
-def lstm_factors(gates: Tensor, s_all: Tensor) -> tuple[Tensor, Tensor]:
-    r"""All local derivatives of all steps: gates ``(T, B, 4H)`` activated, s_all ``(T + 1, B, H)``.
+def lstm_factors(gates: Tensor, s_before: Tensor, s_after: Tensor) -> tuple[Tensor, Tensor]:
+    r"""All local derivatives of all steps: gates ``(T, B, 4H)`` activated, cell states around a step ``(T, B, H)``.
 
     Returns the factors ``(T, B, 4H)`` that turn ds (blocks i, f, g) and dh (block o) into gradients of the
     pre-activations, and the factor ``(T, B, H)`` that takes dh through $o \odot \tanh s$ to ds.
     """
     i, f, g, o = gates.chunk(4, dim=-1)
-    tanh_s = torch.tanh(s_all[1:])
-    factors = torch.cat([g * i * (1 - i), s_all[:-1] * f * (1 - f), i * (1 - g * g), tanh_s * o * (1 - o)], dim=-1)
+    tanh_s = torch.tanh(s_after)
+    factors = torch.cat([g * i * (1 - i), s_before * f * (1 - f), i * (1 - g * g), tanh_s * o * (1 - o)], dim=-1)
     return factors, o * (1 - tanh_s * tanh_s)
 
 
@@ -169,7 +183,7 @@ class _GRU(torch.autograd.Function):
             dh = (dh_t * z_t).addmm_(flat_t, w)
         delta.unflatten(-1, (3, H)).mul_(dh_all[:, :, None])
         grad_b = delta_q.sum((0, 1)).to(b_h.dtype)
-        return delta.transpose(0, 1).to(ctx.dtype), weight_gradient(delta_q, states).to(w_h.dtype), grad_b, dh
+        return delta.transpose(0, 1).to(ctx.dtype), weight_gradient(delta_q, states[:-1]).to(w_h.dtype), grad_b, dh
 
 
 def gru_factors(gates: Tensor, q: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,9 +202,11 @@ def rnn_scan_parallel(xp: Tensor, w_h: Tensor, h0: Tensor, activation: str) -> t
     return _RNN.apply(xp, w_h, h0, activation)
 
 
-def lstm_scan_parallel(xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_scan_parallel(
+    xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor, cont: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """LSTM recurrence with its hand-written gradient; shapes as in `lstm_scan`."""
-    return _LSTM.apply(xp, w_h, h0, s0)
+    return _LSTM.apply(xp, w_h, h0, s0, cont)
 
 
 def gru_scan_parallel(xp: Tensor, w_h: Tensor, b_h: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,11 +56,15 @@ def rnn_scan_reference(xp: Tensor, w_h: Tensor, h0: Tensor, activation: str) -> 
     return _stack(states, xp, h0), h
 
 
-def lstm_scan_reference(xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_scan_reference(
+    xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor, cont: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loop over `lstm_step`; shapes as in `lstm_scan`."""
     dtype = accumulate_dtype(xp.dtype)
     h, s, states, w_h = h0, s0, [], w_h.to(dtype)
-    for step in xp.to(dtype).unbind(1):
+    for t, step in enumerate(xp.to(dtype).unbind(1)):
+        if cont is not None:
+            h, s = (torch.where(cont[:, t, None], state, 0.0) for state in (h, s))
         h, s = lstm_step(step, w_h, h, s)
         states.append(h)
     return _stack(states, xp, h0), h, s

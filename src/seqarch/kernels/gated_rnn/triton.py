@@ -28,9 +28,11 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _weight_gradient(delta: Tensor, h: Tensor, h0: Tensor) -> Tensor:
+def _weight_gradient(delta: Tensor, h: Tensor, h0: Tensor, cont: Tensor | None = None) -> Tensor:
     """One product for all steps: delta ``(B, T, kH)``, h ``(B, T, H)`` -> ``(kH, H)``."""
     before = torch.cat([h0[:, None], h[:, :-1].float()], dim=1)
+    if cont is not None:
+        before = before.masked_fill(~cont[..., None], 0.0)
     return delta.flatten(0, 1).T @ before.flatten(0, 1)
 
 
@@ -92,32 +94,26 @@ def _rnn_autograd(ctx, grads):
 _rnn.register_autograd(_rnn_autograd, setup_context=_rnn_context)
 
 
+def _bytes(cont: Tensor | None, unused: Tensor) -> Tensor:
+    """Flags as the kernels read them; without flags any pointer will do, it is never read."""
+    return unused if cont is None else cont.contiguous().view(torch.uint8)
+
+
 @torch.library.custom_op("seqarch::lstm_scan", mutates_args=())
-def _lstm(xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor) -> list[Tensor]:
+def _lstm(xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor, cont: Tensor | None) -> list[Tensor]:
     B, T, H = *xp.shape[:2], h0.shape[1]
     grid, sizes = _grid(B, H, w_h.dtype)
     h, gates, s = _empty(xp, B, T, H, dtype=xp.dtype), _empty(xp, B, T, 4 * H), _empty(xp, B, T, H)
     hT, sT = _empty(xp, B, H), _empty(xp, B, H)
     _lstm_forward[grid](
-        xp.contiguous(),
-        _transposed(w_h),
-        h0.contiguous(),
-        s0.contiguous(),
-        h,
-        gates,
-        s,
-        hT,
-        sT,
-        B,
-        T,
-        H,
-        **sizes,
-    )
+        xp.contiguous(), _transposed(w_h), h0.contiguous(), s0.contiguous(), _bytes(cont, h), h, gates, s, hT, sT,
+        B, T, H, FLAGS=cont is not None, **sizes,
+    )  # fmt: skip
     return [h, hT, sT, gates, s]
 
 
 @_lstm.register_fake
-def _(xp, w_h, h0, s0):
+def _(xp, w_h, h0, s0, cont):
     B, T, H = *xp.shape[:2], h0.shape[1]
     kept = [h0.new_empty(B, T, 4 * H), h0.new_empty(B, T, H)]
     return [xp.new_empty(B, T, H), h0.new_empty(B, H), h0.new_empty(B, H), *kept]
@@ -125,33 +121,33 @@ def _(xp, w_h, h0, s0):
 
 @torch.library.custom_op("seqarch::lstm_scan_backward", mutates_args=())
 def _lstm_grad(
-    w_h: Tensor, h: Tensor, gates: Tensor, s: Tensor, h0: Tensor, s0: Tensor,
+    w_h: Tensor, h: Tensor, gates: Tensor, s: Tensor, h0: Tensor, s0: Tensor, cont: Tensor | None,
     grad_h: Tensor, grad_hT: Tensor, grad_sT: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     B, T, H = h.shape
     grid, sizes = _grid(B, H, w_h.dtype)
     delta, grad_h0, grad_s0 = _empty(h, B, T, 4 * H), _empty(h, B, H), _empty(h, B, H)
     _lstm_backward[grid](
-        w_h.contiguous(), gates, s, s0.contiguous(), grad_h.contiguous(), grad_hT.contiguous(), grad_sT.contiguous(),
-        delta, grad_h0, grad_s0, B, T, H, **sizes,
+        w_h.contiguous(), gates, s, s0.contiguous(), _bytes(cont, h), grad_h.contiguous(), grad_hT.contiguous(),
+        grad_sT.contiguous(), delta, grad_h0, grad_s0, B, T, H, FLAGS=cont is not None, **sizes,
     )  # fmt: skip
-    return [delta.to(h.dtype), _weight_gradient(delta, h, h0).to(w_h.dtype), grad_h0, grad_s0]
+    return [delta.to(h.dtype), _weight_gradient(delta, h, h0, cont).to(w_h.dtype), grad_h0, grad_s0]
 
 
 @_lstm_grad.register_fake
-def _(w_h, h, gates, s, h0, s0, grad_h, grad_hT, grad_sT):
+def _(w_h, h, gates, s, h0, s0, cont, grad_h, grad_hT, grad_sT):
     return [h.new_empty(*h.shape[:2], 4 * h.shape[2]), *(x.new_empty(x.shape) for x in (w_h, h0, s0))]
 
 
 def _lstm_context(ctx, inputs, output):
-    _, w_h, h0, s0 = inputs
+    _, w_h, h0, s0, cont = inputs
     h, _, _, gates, s = output
-    ctx.save_for_backward(w_h, h, gates, s, h0, s0)
+    ctx.save_for_backward(w_h, h, gates, s, h0, s0, cont)
 
 
 def _lstm_autograd(ctx, grads):
-    w_h, h, gates, s, h0, s0 = ctx.saved_tensors
-    return tuple(_lstm_grad(w_h, h, gates, s, h0, s0, *_given(grads, h, h0, s0)))
+    w_h, h, gates, s, h0, s0, cont = ctx.saved_tensors
+    return (*_lstm_grad(w_h, h, gates, s, h0, s0, cont, *_given(grads, h, h0, s0)), None)
 
 
 _lstm.register_autograd(_lstm_autograd, setup_context=_lstm_context)
@@ -227,9 +223,11 @@ def rnn_scan_triton(xp: Tensor, w_h: Tensor, h0: Tensor, activation: str) -> tup
     return h, hT
 
 
-def lstm_scan_triton(xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_scan_triton(
+    xp: Tensor, w_h: Tensor, h0: Tensor, s0: Tensor, cont: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """LSTM recurrence by the kernels above; shapes as in `lstm_scan`."""
-    h, hT, sT, _, _ = _lstm(xp, w_h.to(xp.dtype), h0, s0)
+    h, hT, sT, _, _ = _lstm(xp, w_h.to(xp.dtype), h0, s0, cont)
     return h, hT, sT
 
 

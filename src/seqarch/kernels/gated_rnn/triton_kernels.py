@@ -115,8 +115,8 @@ def _rnn_backward(
 
 @triton.jit
 def _lstm_forward(
-    xp, w, h0, s0, h_all, gates, s_all, hT, sT, B, T, H,
-    BR: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    xp, w, h0, s0, cont, h_all, gates, s_all, hT, sT, B, T, H,
+    FLAGS: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk forward: s = f s + i g, h = o tanh(s); keep the activated gates and the cell states."""
     row, unit = tl.program_id(0) * BR + tl.arange(0, BR)[:, None], tl.arange(0, BH)[None, :]
@@ -125,7 +125,10 @@ def _lstm_forward(
     step = row.to(tl.int64) * T * H + unit  # of a (B, T, H) tensor
     packed = row.to(tl.int64) * T * 4 * H + unit  # of a (B, T, 4H) tensor
     h, s = _load(h0, state, live), _load(s0, state, live)
-    for _ in range(0, T):
+    for t in range(0, T):
+        if FLAGS:
+            goes_on = tl.load(cont + row.to(tl.int64) * T + t, mask=row < B, other=0) != 0
+            h, s = tl.where(goes_on, h, 0.0), tl.where(goes_on, s, 0.0)
         i = _sigmoid(_load(xp, packed, live) + _times(h, w, 0, H, BH, DOT, PRECISION))
         f = _sigmoid(_load(xp, packed + H, live) + _times(h, w, 1, H, BH, DOT, PRECISION))
         g = _tanh(_load(xp, packed + 2 * H, live) + _times(h, w, 2, H, BH, DOT, PRECISION))
@@ -146,8 +149,8 @@ def _lstm_forward(
 
 @triton.jit
 def _lstm_backward(
-    w, gates, s_all, s0, grad_h, grad_hT, grad_sT, delta, grad_h0, grad_s0, B, T, H,
-    BR: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    w, gates, s_all, s0, cont, grad_h, grad_hT, grad_sT, delta, grad_h0, grad_s0, B, T, H,
+    FLAGS: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk back with dh and ds; delta holds the gradients of the four pre-activations."""
     row, unit = tl.program_id(0) * BR + tl.arange(0, BR)[:, None], tl.arange(0, BH)[None, :]
@@ -159,9 +162,13 @@ def _lstm_backward(
     dh, ds = _load(grad_hT, state, live), _load(grad_sT, state, live)
     start = _load(s0, state, live)
     s = _load(s_all, step, live)
-    for _ in range(0, T):
+    for back in range(0, T):
         earlier = live & (step > first)  # at the first step, the state before is the one given
-        before = tl.where(earlier, _load(s_all, step - H, earlier), start)
+        last = tl.where(earlier, _load(s_all, step - H, earlier), start)
+        before = last
+        if FLAGS:
+            goes_on = tl.load(cont + row.to(tl.int64) * T + T - 1 - back, mask=row < B, other=0) != 0
+            before = tl.where(goes_on, last, 0.0)
         i, f = _load(gates, packed, live), _load(gates, packed + H, live)
         g, o = _load(gates, packed + 2 * H, live), _load(gates, packed + 3 * H, live)
         dh += _load(grad_h, step, live)
@@ -176,7 +183,9 @@ def _lstm_backward(
         dh = _times(di, w, 0, H, BH, DOT, PRECISION) + _times(df, w, 1, H, BH, DOT, PRECISION)
         dh += _times(dg, w, 2, H, BH, DOT, PRECISION) + _times(do, w, 3, H, BH, DOT, PRECISION)
         ds *= f
-        s = before
+        if FLAGS:
+            dh, ds = tl.where(goes_on, dh, 0.0), tl.where(goes_on, ds, 0.0)
+        s = last
         step -= H
         packed -= 4 * H
     tl.store(grad_h0 + state, dh, mask=live)
