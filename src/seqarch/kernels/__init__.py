@@ -7,12 +7,14 @@ automatic choice for a block of code.
 from ._dispatch import BACKENDS, default_dtype, use
 from .additive_attention import additive_scores
 from .block2_scan import block2_scan, block2_scan_step
+from .block_attention import block_attention
 from .cauchy import cauchy
 from .chart import gather_children, gather_parents, put_cells, softmax_mix
 from .delta_rule import delta_rule, delta_rule_step
 from .depthwise_conv1d import depthwise_conv1d, depthwise_conv1d_step
 from .fftconv import fftconv
 from .gated_rnn import gru_scan, gru_step, lstm_scan, lstm_step, rnn_scan, rnn_step
+from .gau_attention import gau_attention
 from .krylov import krylov
 from .lif import lif, lif_step
 from .linear_scan import linear_scan, linear_scan_step
@@ -23,6 +25,7 @@ from .plstm2d import plstm2d, plstm2d_four
 from .segment_sum import segment_sum
 from .softmax_scan import softmax_scan, softmax_scan_step
 from .ssd import ssd, ssd_step
+from .test_time_memory import omega_linear, titans_linear
 from .tridiag import tridiag
 from .vandermonde import vandermonde
 
@@ -31,6 +34,7 @@ __all__ = [
     "additive_scores",
     "block2_scan",
     "block2_scan_step",
+    "block_attention",
     "cauchy",
     "default_dtype",
     "delta_rule",
@@ -40,6 +44,7 @@ __all__ = [
     "fftconv",
     "gather_children",
     "gather_parents",
+    "gau_attention",
     "gru_scan",
     "gru_step",
     "krylov",
@@ -54,6 +59,7 @@ __all__ = [
     "newton_schulz",
     "ngram_attention",
     "ngram_attention_step",
+    "omega_linear",
     "plstm2d",
     "plstm2d_four",
     "put_cells",
@@ -65,6 +71,7 @@ __all__ = [
     "softmax_scan_step",
     "ssd",
     "ssd_step",
+    "titans_linear",
     "tridiag",
     "use",
     "vandermonde",

@@ -110,6 +110,11 @@ def choose(
     return "triton" if turing is not None and turing() else "parallel"
 
 
+def automatic(backend: str) -> bool:
+    """Whether nobody has asked for a backend: neither the caller, nor `use`, nor ``SEQARCH_BACKEND``."""
+    return backend == "auto" and _settings["backend"] == "auto"
+
+
 def default_dtype() -> torch.dtype:
     """Return the training dtype that suits the machine: bfloat16 from Ampere on, float16 on a T4, else float32."""
     if not torch.cuda.is_available():
