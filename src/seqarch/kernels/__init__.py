@@ -21,6 +21,7 @@ from .linear_scan import linear_scan, linear_scan_step
 from .lti_scan import lti_scan, lti_scan_step
 from .newton_schulz import newton_schulz
 from .ngram_attention import ngram_attention, ngram_attention_step
+from .nonlinear_rnn import para_gru, para_gru_step, para_lstm, para_lstm_step
 from .plstm2d import plstm2d, plstm2d_four
 from .segment_sum import segment_sum
 from .softmax_scan import softmax_scan, softmax_scan_step
@@ -60,6 +61,10 @@ __all__ = [
     "ngram_attention",
     "ngram_attention_step",
     "omega_linear",
+    "para_gru",
+    "para_gru_step",
+    "para_lstm",
+    "para_lstm_step",
     "plstm2d",
     "plstm2d_four",
     "put_cells",
