@@ -22,7 +22,7 @@ PHONE, DESKTOP = (390, 844), (1280, 900)
 # What plotly draws for the kinds of traces that the book uses.
 MARKS = (
     ".scatterlayer path, .scatterlayer .point, .scatterlayer text, .barlayer path, .heatmaplayer image, .hm image, "
-    ".contourlayer path, .pielayer path, .shapelayer path, .gl-container canvas"
+    ".contourlayer path, .boxlayer path, .violinlayer path, .pielayer path, .shapelayer path, .gl-container canvas"
 )
 
 
