@@ -19,6 +19,7 @@ from .krylov import krylov
 from .lif import lif, lif_step
 from .linear_scan import linear_scan, linear_scan_step
 from .lti_scan import lti_scan, lti_scan_step
+from .memory_ffn import memory_ffn
 from .newton_schulz import newton_schulz
 from .ngram_attention import ngram_attention, ngram_attention_step
 from .nonlinear_rnn import para_gru, para_gru_step, para_lstm, para_lstm_step
@@ -57,6 +58,7 @@ __all__ = [
     "lstm_step",
     "lti_scan",
     "lti_scan_step",
+    "memory_ffn",
     "newton_schulz",
     "ngram_attention",
     "ngram_attention_step",
