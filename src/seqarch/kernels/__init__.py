@@ -17,6 +17,13 @@ from .gated_rnn import gru_scan, gru_step, lstm_scan, lstm_step, rnn_scan, rnn_s
 from .gau_attention import gau_attention
 from .krylov import krylov
 from .lif import lif, lif_step
+from .linear_attention import (
+    elu_features,
+    linear_attention,
+    linear_attention_state,
+    linear_attention_step,
+    taylor_features,
+)
 from .linear_scan import linear_scan, linear_scan_step
 from .lti_scan import lti_scan, lti_scan_step
 from .memory_ffn import memory_ffn
@@ -44,6 +51,7 @@ __all__ = [
     "depthwise_conv1d",
     "depthwise_conv1d_step",
     "fftconv",
+    "elu_features",
     "gather_children",
     "gather_parents",
     "gau_attention",
@@ -52,6 +60,9 @@ __all__ = [
     "krylov",
     "lif",
     "lif_step",
+    "linear_attention",
+    "linear_attention_state",
+    "linear_attention_step",
     "linear_scan",
     "linear_scan_step",
     "lstm_scan",
@@ -78,6 +89,7 @@ __all__ = [
     "softmax_scan_step",
     "ssd",
     "ssd_step",
+    "taylor_features",
     "titans_linear",
     "tridiag",
     "use",
