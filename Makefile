@@ -18,7 +18,7 @@ test: $(READY)  ## check everything: code style, kernels, chapters, the book in 
 	$(BIN)/python -m tests.browser
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests
 	OMP_NUM_THREADS=1 SEQARCH_EXPLORE=stored TQDM_DISABLE=1 \
-	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax -p no:cacheprovider chapters
+	$(BIN)/python -m pytest -n 2 --dist loadscope --nbval-lax -p no:cacheprovider chapters book
 
 serve: book  ## build the book and serve it on http://localhost:8000
 	$(BIN)/python -m http.server 8000 --bind localhost --directory _build/html

@@ -10,6 +10,7 @@ import nbformat
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]-*.ipynb"))
+OPENERS = sorted((ROOT / "book").glob("part-*.ipynb"))  # the openers of parts that compute something
 
 
 @functools.cache

@@ -11,10 +11,11 @@ from seqarch.claims import CLAIM_MIME
 from seqarch.figures import PLOTLY_MIME
 from seqarch.publishing import notebooks
 
-from ..notebooks import CHAPTERS, ROOT
+from ..notebooks import CHAPTERS, OPENERS, ROOT
 
 LIMIT_BYTES = 1_500_000
 chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+notebooks_of_the_book = pytest.mark.parametrize("path", CHAPTERS + OPENERS, ids=lambda p: p.stem)
 
 
 def read(path):
@@ -34,24 +35,24 @@ def test_there_are_chapters():
     assert CHAPTERS
 
 
-@chapters
+@notebooks_of_the_book
 def test_stored_outputs_come_from_the_stored_code(path):
     nb = read(path)
     assert nb.metadata.get("seqarch", {}).get("source_digest") == notebooks.digest(nb), (
-        f"the code of {path.name} changed after it was executed: make execute CHAPTER={path.name[:2]}"
+        f"the code of {path.name} changed after it was executed: make execute CHAPTER={path.relative_to(ROOT)}"
     )
     assert [c.execution_count for c in code(nb)] == list(range(1, len(code(nb)) + 1))
 
 
-@chapters
+@notebooks_of_the_book
 def test_stamped_from_the_one_repository_url(path):
     nb = read(path)
     before = nbformat.writes(nb)
-    notebooks.stamp(nb, path.name, notebooks.repository_url(ROOT))
+    notebooks.stamp(nb, path.relative_to(ROOT).as_posix(), notebooks.repository_url(ROOT))
     assert nbformat.writes(nb) == before
 
 
-@chapters
+@notebooks_of_the_book
 def test_outputs_are_clean(path):
     """No errors, warnings, widgets, addresses, colours, bars or paths of a machine; not too large."""
     assert path.stat().st_size < LIMIT_BYTES
@@ -90,7 +91,7 @@ def test_anatomy(path):
     assert len(re.findall(r"\w+", prose)) > 1500
 
 
-@chapters
+@notebooks_of_the_book
 def test_every_figure_has_words_and_axis_titles(path):
     figures = [o.data[PLOTLY_MIME] for o in outputs(read(path)) if PLOTLY_MIME in o.get("data", {})]
     assert figures
@@ -104,7 +105,7 @@ def test_every_figure_has_words_and_axis_titles(path):
                 assert layout.get(axis, {}).get("title", {}).get("text") is not None, (axis, meta["caption"])
 
 
-@chapters
+@notebooks_of_the_book
 def test_imports_only_the_package_never_another_chapter(path):
     for cell in code(read(path)):
         for node in ast.walk(ast.parse(cell.source)):

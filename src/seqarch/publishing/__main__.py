@@ -11,14 +11,15 @@ from . import notebooks
 
 
 def main() -> int:
-    """Run one command over the named chapters (numbers such as 04, or paths), or over all of them."""
+    """Run one command over the named chapters (numbers such as 04, or paths), or over all of them (execute: and openers)."""
     parser = argparse.ArgumentParser(prog="python -m seqarch.publishing", description=main.__doc__)
     parser.add_argument("command", choices=["execute", "record", "classroom"])
     parser.add_argument("chapters", nargs="*", help="numbers (04) or paths; none: every chapter")
     parser.add_argument("--output", type=Path, default=Path("_build/classroom"), help="where classroom copies go")
     arguments = parser.parse_args()
     root = Path.cwd()
-    for path in _find(arguments.chapters, root):
+    openers = sorted((root / "book").glob("part-*.ipynb")) if arguments.command == "execute" else []
+    for path in _find(arguments.chapters, root) + ([] if arguments.chapters else openers):
         started = time.perf_counter()
         if arguments.command == "execute":
             notebooks.execute(path, root)

@@ -60,8 +60,8 @@ def tags(cell: NotebookNode) -> set[str]:
 
 
 def stamp(nb: NotebookNode, name: str, repository: str) -> None:
-    """Write the setup cell and the Colab badge, which depend on the repository URL, into a chapter."""
-    branch_path = f"{repository.removeprefix('https://github.com/')}/blob/main/chapters/{name}"
+    """Write the setup cell and the Colab badge, which depend on the repository URL, into `name`, a path in the repository."""
+    branch_path = f"{repository.removeprefix('https://github.com/')}/blob/main/{name}"
     badge = f"[![Open in Colab](../book/_static/colab.svg)](https://colab.research.google.com/github/{branch_path})"
     stamped = {"setup": False, "badge": False}
     for cell in nb.cells:
@@ -143,7 +143,7 @@ def run(nb: NotebookNode, folder: Path, timeout: int) -> None:
 def execute(path: Path, root: Path, timeout: int = 900) -> None:
     """Stamp, run and normalise one chapter in place. The file is replaced whole, and only after every cell ran."""
     nb = nbformat.read(path, as_version=4)
-    stamp(nb, path.name, repository_url(root))
+    stamp(nb, path.resolve().relative_to(root.resolve()).as_posix(), repository_url(root))
     run(nb, path.parent, timeout)
     normalise(nb)
     write(path, nbformat.writes(nb) + "\n")
