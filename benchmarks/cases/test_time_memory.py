@@ -1,5 +1,7 @@
 """The linear test-time memories: Titans, and the Omega rule with a window of four tokens. No packaged peer is known."""
 
+from functools import partial
+
 import torch
 
 from seqarch.kernels.test_time_memory import cost, omega_linear, titans_linear
@@ -17,7 +19,7 @@ def case(B: int, H: int, T: int, K: int, V: int, window: int | None = None) -> C
         return *(x.to(dtype) for x in (q, k, v)), *gates.unbind()
 
     kernel = omega_linear if window else titans_linear
-    implementations = ours(kernel, ("reference", "parallel"), **({"window": window} if window else {}))
+    implementations = ours(kernel, **({"window": window} if window else {}))
     return Case(kernel.__name__, dict(B=B, H=H, T=T, K=K, V=V), make, implementations, cost.bytes, cost.flops)
 
 
@@ -25,3 +27,12 @@ CASES = {
     "cpu": [case(2, 2, 4096, 32, 32), case(2, 2, 4096, 32, 32, window=4), case(1, 1, 65536, 32, 32)],
     "cuda": [case(8, 16, 4096, 64, 64), case(8, 16, 4096, 64, 64, window=4), case(1, 16, 65536, 64, 64)],
 }
+
+
+def launches(x, dtype, capability):
+    """Every Triton kernel at the block sizes that it is launched with."""
+    for K in (64, 128):
+        gates = [x(1, 2, 100, dtype=torch.float32) for _ in range(4)]
+        tokens = x(1, 2, 100, K), x(1, 2, 100, K), x(1, 2, 100, 64)
+        yield titans_linear, (*tokens, *gates[:3])
+        yield partial(omega_linear, window=4, chunk=64), (*tokens, *gates)

@@ -1,4 +1,4 @@
-"""titans_linear and omega_linear: a token loop against the chunked form, and against each other and the delta rule."""
+"""titans_linear and omega_linear: a token loop against chunks and kernels, each other and the delta rule."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from seqarch.kernels.test_time_memory import cost, omega_linear, titans_linear
 
 from .agreement import DEVICE, assert_agree, assert_memory_is_linear, error
 
-BACKENDS = ["reference", "parallel"]
+BACKENDS = ["reference", "parallel", "triton"]
 ALL = pytest.mark.parametrize("backend", BACKENDS)
 TITANS = ("q", "k", "v", "theta", "eta", "alpha", "W0", "S0")
 OMEGA = ("phi_q", "phi_k", "v", "alpha", "eta", "theta", "gamma", "W0", "S0", "tail k", "tail v", "tail gamma")
@@ -77,11 +77,17 @@ shapes = dict(
 )
 
 
-def check_omega(dtype, rows, T, D, V, window_chunk, kind, seed, states):
+kernel_shapes = shapes | {  # every step of the interpreter is slow
+    "rows": st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]),
+    "T": st.one_of(st.integers(1, 20), st.sampled_from([16, 17, 33])),
+}
+
+
+def check_omega(dtype, rows, T, D, V, window_chunk, kind, seed, states, backend="parallel"):
     tensors = omega_inputs(*rows, T, D, V, window_chunk[0], dtype, kind, seed)
     tensors = tensors[: {"none": 7, "memory": 9, "all": 12}[states]]
     assert_agree(
-        omega("parallel", *window_chunk), omega("reference", *window_chunk), tensors,
+        omega(backend, *window_chunk), omega("reference", *window_chunk), tensors,
         steps=T, names=OMEGA[: len(tensors)], loose=LOOSE, matmul=True,
     )  # fmt: skip
 
@@ -100,19 +106,48 @@ def test_the_chunked_omega_rule_agrees_in_half_precision(dtype, **case):
     check_omega(dtype, **case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=30)
-@given(**shapes, with_states=st.booleans())
-def test_the_chunked_titans_agree(dtype, rows, T, D, V, window_chunk, kind, seed, with_states):
+@settings(max_examples=60)
+@given(**kernel_shapes, states=st.sampled_from(["none", "memory", "all"]))
+def test_the_kernel_agrees_on_the_omega_rule(**case):
+    check_omega(torch.float32, **case, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=20)
+@given(**kernel_shapes, states=st.sampled_from(["none", "memory", "all"]))
+def test_the_kernel_agrees_on_the_omega_rule_in_half_precision(dtype, **case):
+    check_omega(dtype, **case, backend="triton")
+
+
+def check_titans(backend, dtype, rows, T, D, V, window_chunk, kind, seed, with_states):
     tensors = titans_inputs(*rows, T, D, V, dtype=dtype, kind=kind, seed=seed)[: 8 if with_states else 6]
     chunk = window_chunk[1]
     assert_agree(
-        titans("parallel", chunk), titans("reference", chunk), tensors,
+        titans(backend, chunk), titans("reference", chunk), tensors,
         steps=T, names=TITANS[: len(tensors)], loose=LOOSE, matmul=True,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=30)
+@given(**shapes, with_states=st.booleans())
+def test_the_chunked_titans_agree(dtype, **case):
+    check_titans("parallel", dtype, **case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=20)
+@given(**kernel_shapes, with_states=st.booleans())
+def test_the_kernel_agrees_on_titans(dtype, **case):
+    check_titans("triton", dtype, **case)
+
+
+def test_more_values_keys_and_tokens_than_one_tile():
+    """Two programs for 17 columns of values, 70 tokens of a chunk in five tiles, the last one ragged."""
+    check_omega(torch.float32, (1, 1), 90, 20, 17, (4, 70), "normal", 0, "all", backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "parallel"])
 @pytest.mark.parametrize("T, window, chunk", [(1, 1, 1), (5, 2, 2), (7, 3, 4)])
 @pytest.mark.parametrize("kind", ["normal", "ends"])
 def test_gradcheck(backend, T, window, chunk, kind):
@@ -228,19 +263,21 @@ class TestLaws:
         assert y.dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in states)
 
 
-def test_compiled_without_graph_break():
+@pytest.mark.parametrize("backend", ["parallel", "triton"])
+def test_compiled_without_graph_break(backend):
     x = [z.requires_grad_() for z in titans_inputs(1, 1, 20, 3, 3)]
-    compiled = torch.compile(lambda *x: titans("auto")(*x)[0] * 2, backend="aot_eager", fullgraph=True)
-    y, want = compiled(*x), titans("auto")(*x)[0] * 2
+    compiled = torch.compile(lambda *x: titans(backend)(*x)[0] * 2, backend="aot_eager", fullgraph=True)
+    y, want = compiled(*x), titans(backend)(*x)[0] * 2
     torch.testing.assert_close(y, want)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(want.sum(), x, allow_unused=True))
 
 
 def test_triton_says_why_it_cannot_run():
-    with pytest.raises(ValueError, match="no Triton kernel"):
-        titans("triton")(*titans_inputs(1, 1, 3, 2, 2))
-    with use("reference"):
-        titans("auto")(*titans_inputs(1, 1, 3, 2, 2))
+    with pytest.raises(ValueError, match="keys of size up to 128, got 129"):
+        titans("triton")(*titans_inputs(1, 1, 3, 129, 2))
+    with use("triton"), pytest.raises(ValueError, match="float64"):
+        titans("auto")(*titans_inputs(1, 1, 3, 2, 2, dtype=torch.float64))
+    titans("auto")(*titans_inputs(1, 1, 3, 129, 2))
 
 
 def test_the_cost_model_counts_a_small_case():

@@ -18,10 +18,12 @@ The two papers give the gates different letters. Here, with the letters above, w
 | theta | eta | what is kept of the momentum |
 | gamma, window c | 1, 1 | weight of a token in the gradient, and how many tokens are in it |
 
-Read the folder in this order: ``reference.py`` (the definition), ``parallel.py`` (chunks).
+Read the folder in this order: ``reference.py`` (the definition), ``parallel.py`` (chunks), ``triton.py`` (GPU).
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ from .window import Tail, next_tail
 
 __all__ = ["omega_linear", "titans_linear"]
 
-NO_TRITON = "the linear test-time memories have no Triton kernel"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_TRITON_KEY = 128  # columns of W and S that a program keeps in registers
 
 
 def titans_linear(
@@ -64,7 +67,7 @@ def titans_linear(
         W0: the memory before the first token, ``(B, H, V, K)``; None is zero.
         S0: the momentum before the first token, like W0.
         chunk: for how many tokens $W^\star$ stays the same. Chunks are counted from the first token of this call.
-        backend: ``"auto"``, ``"reference"`` or ``"parallel"``.
+        backend: ``"auto"``, ``"reference"``, ``"parallel"`` or ``"triton"``.
 
     Returns:
         ``y`` ``(B, H, T, V)`` in v's dtype, and W and S after the last token, in float32 (float64 where the inputs are).
@@ -119,7 +122,7 @@ def omega_linear(
             this call.
         tail: phi_k ``(B, H, window - 1, D)``, v ``(B, H, window - 1, V)`` and gamma ``(B, H, window - 1)`` of the tokens
             before the first; None: there were none.
-        backend: ``"auto"``, ``"reference"`` or ``"parallel"``.
+        backend: ``"auto"``, ``"reference"``, ``"parallel"`` or ``"triton"``.
 
     Returns:
         ``y`` ``(B, H, T, V)`` in v's dtype; W and S after the last token, in float32 (float64 where the inputs are); and
@@ -184,13 +187,19 @@ def _run(
     """Flatten batch and heads into rows, compute in the accumulation dtype, and put everything back."""
     B, H, T, V = v.shape
     K, dtype = q.shape[-1], weight.dtype
-    chosen = choose(backend, v, limit=NO_TRITON)
+    limit = f"it takes keys of size up to {MAX_TRITON_KEY}, got {K}" if K > MAX_TRITON_KEY else None
+    chosen = choose(backend, v, dtypes=TRITON_DTYPES, limit=limit)
     if B * H * T * K * V == 0:
         chosen = "reference"
     W, S = (v.new_zeros(B, H, V, K, dtype=dtype) if x is None else x.to(dtype) for x in (W, S))
     tokens = [x.to(dtype).flatten(0, 1) for x in (q, k, v, keep, step, momentum, weight)]
     tail = tuple(x.to(dtype).flatten(0, 1) for x in tail)
-    memory = memory_reference if chosen == "reference" else memory_parallel
+    if chosen == "triton":
+        from .triton import memory_triton
+
+        memory = functools.partial(memory_triton, exact=v.dtype == torch.float32)
+    else:
+        memory = memory_reference if chosen == "reference" else memory_parallel
     y, W, S = memory(*tokens, W.flatten(0, 1), S.flatten(0, 1), tail, window, chunk)
     tail = next_tail(tail, tokens[1], tokens[2], tokens[-1])
     W, S, *tail = (x.unflatten(0, (B, H)) for x in (W, S, *tail))

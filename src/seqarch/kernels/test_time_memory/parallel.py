@@ -21,10 +21,14 @@ is a few ``(T, C)`` tables and two matrices per chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .window import Tail, next_tail, with_tail
+
+Walk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def product_table(x: Tensor) -> Tensor:
@@ -36,15 +40,18 @@ def product_table(x: Tensor) -> Tensor:
 
 def memory_parallel(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, step: Tensor, momentum: Tensor, weight: Tensor,
-    W: Tensor, S: Tensor, tail: Tail, window: int, chunk: int,
+    W: Tensor, S: Tensor, tail: Tail, window: int, chunk: int, walk: Walk | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """All whole chunks together, then the shorter one that may be left; rows as in `memory_reference`."""
+    """All whole chunks together, then the shorter one that may be left; rows as in `memory_reference`.
+
+    `walk` carries the memory from chunk to chunk; None is `walk_chunks`.
+    """
     tokens, T = (q, k, v, keep, step, momentum, weight), q.shape[1]
     whole, outputs = T - T % chunk, []
     for part, size in ((slice(0, whole), chunk), (slice(whole, T), T - whole)):
         piece = [x[:, part] for x in tokens]
         if piece[0].shape[1]:
-            y, W, S = _chunks(*piece, W, S, tail, window, size)
+            y, W, S = _chunks(*piece, W, S, tail, window, size, walk or walk_chunks)
             outputs.append(y)
             tail = next_tail(tail, piece[1], piece[2], piece[-1])
     return torch.cat(outputs, dim=1), W, S
@@ -52,7 +59,7 @@ def memory_parallel(
 
 def _chunks(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, step: Tensor, momentum: Tensor, weight: Tensor,
-    W: Tensor, S: Tensor, tail: Tail, window: int, C: int,
+    W: Tensor, S: Tensor, tail: Tail, window: int, C: int, walk: Walk,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Chunks of C tokens each; the equations at the top of this file."""
     width = C + window - 1
@@ -67,19 +74,37 @@ def _chunks(
     A, beta = kept @ R, keep.cumprod(-1)
     a = (kept @ faded[..., None])[..., 0]
 
-    last = [x[..., -1].unbind(1) for x in (beta, a, faded)]
-    to_W, to_S = (x[..., -1, :, None].unbind(1) for x in (A, R))
-    Ws, Ss, errors = [], [], []
-    for n, (keys, values) in enumerate(zip(k.unbind(1), v.unbind(1), strict=True)):
-        E = torch.baddbmm(values, keys, W.mT, beta=-1)
+    carry = torch.stack([x[..., -1] for x in (beta, a, faded)], dim=-1)
+    Ws, Ss, E = walk(k, v, A[..., -1, :], R[..., -1, :], carry, W, S)
+    W0, S0 = Ws[:, :-1], Ss[:, :-1]
+    y = (beta[..., None] * q) @ W0.mT + (a[..., None] * q) @ S0.mT - (q @ k.mT * A) @ E
+    return y.flatten(1, 2), Ws[:, -1], Ss[:, -1]
+
+
+def walk_chunks(
+    keys: Tensor, values: Tensor, to_W: Tensor, to_S: Tensor, carry: Tensor, W: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry W and S from chunk to chunk.
+
+    Args:
+        keys, values: the columns of all N chunks, ``(R, N, w, K)`` and ``(R, N, w, V)``.
+        to_W, to_S: last rows of the tables A and R, ``(R, N, w)``.
+        carry: what a chunk keeps of W in W, of S in W and of S in S: the last β, a and h, ``(R, N, 3)``.
+        W, S: memory and momentum before the first chunk, ``(R, V, K)``.
+
+    Returns:
+        W and S before every chunk and after the last one, ``(R, N + 1, V, K)``, and the residuals E ``(R, N, w, V)``.
+    """
+    Ws, Ss, errors = [W], [S], []
+    to_W, to_S, carry = to_W[..., None].unbind(1), to_S[..., None].unbind(1), carry[..., None, None].unbind(1)
+    for n, (key, value) in enumerate(zip(keys.unbind(1), values.unbind(1), strict=True)):
+        E = torch.baddbmm(value, key, W.mT, beta=-1)
+        old, new, fade = carry[n].unbind(1)
+        W, S = (
+            torch.baddbmm(old * W + new * S, (to_W[n] * E).mT, key, alpha=-1),
+            torch.baddbmm(fade * S, (to_S[n] * E).mT, key, alpha=-1),
+        )
         Ws.append(W)
         Ss.append(S)
         errors.append(E)
-        old, new, fade = (x[n][:, None, None] for x in last)
-        W, S = (
-            torch.baddbmm(old * W + new * S, (to_W[n] * E).mT, keys, alpha=-1),
-            torch.baddbmm(fade * S, (to_S[n] * E).mT, keys, alpha=-1),
-        )
-    W0, S0, E = (torch.stack(x, dim=1) for x in (Ws, Ss, errors))
-    y = (beta[..., None] * q) @ W0.mT + (a[..., None] * q) @ S0.mT - (q @ k.mT * A) @ E
-    return y.flatten(1, 2), W, S
+    return tuple(torch.stack(x, dim=1) for x in (Ws, Ss, errors))
