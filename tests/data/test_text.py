@@ -9,7 +9,15 @@ import torch
 from seqarch.data import _packages
 from seqarch.data.digits import digits
 from seqarch.data.recall import first_symbol, mqar
-from seqarch.data.text import KJV_SYMBOLS, Vocabulary, cmudict_pairs, kjv_text, python_docs_text, token_stream
+from seqarch.data.text import (
+    KJV_SYMBOLS,
+    Vocabulary,
+    cmudict_pairs,
+    kjv_text,
+    kjv_words,
+    python_docs_text,
+    token_stream,
+)
 
 
 def test_kjv_is_long_and_uses_33_symbols():
@@ -17,6 +25,22 @@ def test_kjv_is_long_and_uses_33_symbols():
     assert set(text) == set(KJV_SYMBOLS) and len(KJV_SYMBOLS) == 33
     assert len(text) > 4_000_000 and "  " not in text
     assert text.startswith("in the beginning god created the heaven and the earth.")
+
+
+def test_kjv_words():
+    words = kjv_words(50, tokens=3000, train=2500)
+    assert words.train.shape == (2500,) and words.test.shape == (500,) and len(words.vocabulary) == 50
+    assert words.vocabulary["<unk>"] == 0 and words.train.max() == 49
+    start = words.vocabulary.decode(words.train[:10])
+    assert start == "in the beginning god created the heaven and the earth"
+    counts = torch.bincount(words.train)[1:]
+    assert (counts.diff() <= 0).all()  # by frequency, in the training part alone
+    assert "." in words.vocabulary.symbols
+    assert len(kjv_words(10, tokens=1200, train=None).test) == 100
+    with pytest.raises(ValueError, match="expected vocab of at least 2, got 1"):
+        kjv_words(1)
+    with pytest.raises(ValueError, match="expected train between 1 and 99, got 100"):
+        kjv_words(10, tokens=100, train=100)
 
 
 def test_python_docs_are_words():

@@ -134,6 +134,39 @@ class Vocabulary:
         return (" " if self.kind == "words" else "").join(symbols)
 
 
+@dataclass(frozen=True)
+class WordText:
+    """A text as word numbers: `train` and `test` ``(N,)``, and the `vocabulary` of the training part."""
+
+    train: Tensor
+    test: Tensor
+    vocabulary: Vocabulary
+
+
+def kjv_words(vocab: int = 800, *, tokens: int | None = 120_000, train: int | None = 110_000) -> WordText:
+    """Return the beginning of the King James Bible as words: runs of a-z, and each of ``. , ; : ? !`` on its own.
+
+    Args:
+        vocab: size of the vocabulary; ``<unk>`` is number 0, then the most frequent words of the training part.
+        tokens: how many tokens to take; None takes the whole book.
+        train: how many of them are for training, the rest is for testing; None is eleven twelfths.
+
+    Raises:
+        ValueError: vocab < 2, or no token left for training or for testing.
+    """
+    if vocab < 2:
+        raise ValueError(f"expected vocab of at least 2, got {vocab}")
+    words = Vocabulary._split(kjv_text())[:tokens]
+    if train is None:
+        train = len(words) * 11 // 12
+    if not 1 <= train < len(words):
+        raise ValueError(f"expected train between 1 and {len(words) - 1}, got {train}")
+    counts = Counter(words[:train])
+    kept = sorted(counts, key=lambda w: (-counts[w], w))[: vocab - 1]
+    vocabulary = Vocabulary(["<unk>", *kept], kind="words", unknown="<unk>")
+    return WordText(vocabulary.encode(words[:train]), vocabulary.encode(words[train:]), vocabulary)
+
+
 def token_stream(ids: Tensor, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut one long sequence into `batch` parallel streams and yield windows of them in order, forever.
 
