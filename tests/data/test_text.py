@@ -28,9 +28,9 @@ def test_kjv_is_long_and_uses_33_symbols():
 
 
 def test_kjv_words():
-    words = kjv_words(50, tokens=3000, train=2500)
-    assert words.train.shape == (2500,) and words.test.shape == (500,) and len(words.vocabulary) == 50
-    assert words.vocabulary["<unk>"] == 0 and words.train.max() == 49
+    words = kjv_words(300, tokens=3000, train=2500)
+    assert words.train.shape == (2500,) and words.test.shape == (500,) and len(words.vocabulary) == 300
+    assert words.vocabulary["<unk>"] == 0 and words.train.max() == 299
     start = words.vocabulary.decode(words.train[:10])
     assert start == "in the beginning god created the heaven and the earth"
     counts = torch.bincount(words.train)[1:]
