@@ -34,7 +34,7 @@ from .plstm2d import plstm2d, plstm2d_four
 from .segment_sum import segment_sum
 from .softmax_scan import softmax_scan, softmax_scan_step
 from .ssd import ssd, ssd_step
-from .test_time_memory import omega_linear, titans_linear
+from .test_time_memory import omega_linear, titans_linear, titans_mlp
 from .tridiag import tridiag
 from .vandermonde import vandermonde
 
@@ -91,6 +91,7 @@ __all__ = [
     "ssd_step",
     "taylor_features",
     "titans_linear",
+    "titans_mlp",
     "tridiag",
     "use",
     "vandermonde",

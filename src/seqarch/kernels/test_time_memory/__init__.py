@@ -1,6 +1,6 @@
-r"""Linear memories that learn while they read: Titans and the Omega rule (chapters 17 and 18).
+r"""Memories that learn while they read: Titans and the Omega rule (chapters 17 and 18).
 
-The memory is a matrix W that maps keys to values. Every token takes a step of gradient descent with momentum on what W
+The linear memory is a matrix W that maps keys to values. Every token takes a step of gradient descent with momentum on what W
 gets wrong, and lets W decay:
 
 $$S_t = \theta_t S_{t-1} - \eta_t \sum_{i=t-c+1}^{t} \gamma_i\, (W^\star k_i - v_i)\, k_i^\top,\qquad
@@ -18,7 +18,8 @@ The two papers give the gates different letters. Here, with the letters above, w
 | theta | eta | what is kept of the momentum |
 | gamma, window c | 1, 1 | weight of a token in the gradient, and how many tokens are in it |
 
-Read the folder in this order: ``reference.py`` (the definition), ``parallel.py`` (chunks), ``triton.py`` (GPU).
+`titans_mlp` does the same with a memory of two layers. Read the folder in this order: ``reference.py`` (the definition),
+``parallel.py`` (chunks), ``mlp.py`` (two layers), ``triton.py`` (GPU).
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ import torch
 from torch import Tensor
 
 from .._dispatch import accumulate_dtype, check_same, check_shape, check_values, choose
+from .mlp import Pair, mlp_parallel, mlp_reference
 from .parallel import memory_parallel
 from .reference import memory_reference
 from .window import Tail, next_tail
 
-__all__ = ["omega_linear", "titans_linear"]
+__all__ = ["omega_linear", "titans_linear", "titans_mlp"]
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TRITON_KEY = 128  # columns of W and S that a program keeps in registers
@@ -145,6 +147,66 @@ def omega_linear(
         _check_tail(tail, v, sizes, window)
     alpha, eta, theta, gamma = (x.to(dtype) for x in (alpha, eta, theta, gamma))
     return _run(phi_q, phi_k, v, alpha, eta, theta, gamma, W0, S0, tail, sizes, window, chunk, backend)
+
+
+def titans_mlp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    W0: Pair,
+    S0: Pair | None = None,
+    *,
+    chunk: int = 16,
+    backend: str = "auto",
+) -> tuple[Tensor, Pair, Pair]:
+    r"""Memorise in a network of two layers, $M(k) = k + W_2\,\mathrm{silu}(W_1 k)$, as `titans_linear` does in a matrix.
+
+    Args:
+        q, k, v: queries, keys and values, ``(B, H, T, e)``, of one dtype; the residual asks for equal sizes.
+        theta, eta, alpha: step, momentum and forgetting, ``(B, H, T)``, as in `titans_linear`. The landscape is not a
+            parabola: steps that are safe there may diverge here.
+        W0: the two matrices before the first token, ``(B, H, m, e)`` and ``(B, H, e, m)``. Zeros would never learn, as each
+            gradient contains the other matrix.
+        S0: their momenta, of the same shapes; None is zero.
+        chunk: for how many tokens the gradient is taken at the same memory, counted from the first token of this call.
+        backend: ``"auto"``, ``"reference"`` or ``"parallel"``. There is no Triton kernel.
+
+    Returns:
+        ``y`` ``(B, H, T, e)`` in v's dtype, and W and S after the last token, in float32 (float64 where the inputs are).
+        Feeding them to the next piece continues exactly where this one stopped, if it stopped at the end of a chunk.
+
+    Gradients flow to all inputs, from all outputs. Inputs of any stride are accepted.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, chunk or backend, with what was expected and what was given.
+    """
+    sizes = _check({"q": q, "k": k}, v, {"theta": theta, "eta": eta, "alpha": alpha}, {}, 1, chunk)
+    if sizes["K"] != sizes["V"]:
+        raise ValueError(f"expected v of the size of k, {sizes['K']}, got {sizes['V']}")
+    dtype = accumulate_dtype(v.dtype)
+    W = _check_pair("W0", W0, v, sizes)
+    S = [torch.zeros_like(w) for w in W] if S0 is None else _check_pair("S0", S0, v, sizes)
+    chosen = choose(backend, v, limit="titans_mlp has no Triton kernel: it consists of matrix products")
+    mlp = mlp_reference if chosen == "reference" or v.numel() == 0 else mlp_parallel
+    tokens = [x.to(dtype).flatten(0, 1) for x in (q, k, v, theta, eta, alpha)]
+    y, W, S = mlp(*tokens, *(tuple(x.to(dtype).flatten(0, 1) for x in pair) for pair in (W, S)), chunk)
+    W, S = (tuple(x.unflatten(0, v.shape[:2]) for x in pair) for pair in (W, S))
+    return y.to(v.dtype).view(v.shape), W, S
+
+
+def _check_pair(name: str, pair: Pair, v: Tensor, sizes: dict[str, int]) -> Pair:
+    """Check the two matrices of a memory with a hidden layer."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        length = f" of length {len(pair)}" if hasattr(pair, "__len__") else ""
+        raise ValueError(f"expected {name} to be a pair of matrices, got {type(pair).__name__}{length}")
+    for layer, (tensor, shape) in enumerate(zip(pair, ("B H m V", "B H V m"), strict=True), start=1):
+        check_shape(f"{name} of layer {layer}", tensor, shape, sizes)
+        check_same(("v", v), (f"{name} of layer {layer}", tensor), dtype=False)
+    check_values(**{f"{name} {i}": tensor for i, tensor in enumerate(pair, start=1)})
+    return pair
 
 
 def _check(keys: dict, v: Tensor, gates: dict, states: dict, window: int, chunk: int) -> dict[str, int]:

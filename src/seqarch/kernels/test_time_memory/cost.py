@@ -25,3 +25,16 @@ def flops(B: int, H: int, T: int, K: int, V: int, chunk: int = 16, backward: boo
 def state_floats(B: int, H: int, K: int, V: int) -> int:
     """Numbers in the streaming state: the memory and its momentum, whatever the length."""
     return 2 * B * H * K * V
+
+
+def mlp_bytes(
+    B: int, H: int, T: int, e: int, m: int, chunk: int = 16, itemsize: int = 4, backward: bool = False
+) -> int:
+    """The same for `titans_mlp`, whose two matrices have e times m numbers each."""
+    return bytes(B, H, T, e, e, chunk, itemsize, backward) + B * H * -(-T // chunk) * (4 * e * m - 2 * e * e) * 4
+
+
+def mlp_flops(B: int, H: int, T: int, e: int, m: int, chunk: int = 16, backward: bool = False) -> int:
+    """Per token nine products with an e x m matrix, four of the width e or m with a chunk, and the table A."""
+    token = 18 * e * m + 4 * chunk * (e + m) + 2 * chunk * chunk
+    return B * H * T * token * (3 if backward else 1)
