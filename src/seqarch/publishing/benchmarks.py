@@ -71,7 +71,8 @@ def _row(row: dict, times: dict[str, float], width: int) -> str:
     both, peers = row["both"], [t for k, t in times.items() if k not in OURS]
     mine = row["implementation"] in OURS
     cells = (
-        f"{row['forward']['median_ms']:.2f}", f"{both['median_ms']:.2f}", f"{both['p20_ms']:.1f} to {both['p80_ms']:.1f}",
+        f"{row['forward']['median_ms']:.2f}", f"{both['median_ms']:.2f}",
+        f"{both['p20_ms']:.1f}&nbsp;to&nbsp;{both['p80_ms']:.1f}",
         f"{times['reference'] / both['median_ms']:.1f}" if "reference" in times else "",
         f"{min(peers) / both['median_ms']:.2f}" if peers and mine else "",
         f"{both['GB_per_s']:.1f}", f"{both['GFLOP_per_s']:.1f}", f"{both['fraction_of_roofline']:.0%}", f"{row['peak_MB']:.1f}",
@@ -90,22 +91,25 @@ def _speed_figure(cases: dict[str, list[dict]]) -> str:
         for label, time in {**times, "best peer": min(peers, default=None)}.items():
             if time is not None and label in ("parallel", "triton", "best peer"):
                 speed.setdefault(label, {})[name.replace("&nbsp;", " ")] = times["reference"] / time
-    fig = figure(x="times faster than the loop, forward and backward (log scale)", height=120 + 34 * len(cases))
+    rows = len({name.split(" (")[0] for name in cases})
+    fig = figure(x="speed, loop = 1", height=140 + 24 * rows)
     colours = {"parallel": COLOURS[0], "triton": COLOURS[1], "best peer": COLOURS[2]}
     for label, values in speed.items():
         kernels = [name.split(" (")[0] for name in values]
-        fig.add_bar(
-            y=kernels, x=[round(v, 2) for v in values.values()], name=label, orientation="h", customdata=list(values),
-            marker_color=colours[label], hovertemplate="%{customdata}: %{x:.1f} times<extra>" + label + "</extra>",
+        fig.add_scatter(
+            y=kernels, x=[round(v, 2) for v in values.values()], name=label, mode="markers", customdata=list(values),
+            marker=dict(color=colours[label], size=10, symbol="diamond" if label == "best peer" else "circle"),
+            hovertemplate="%{customdata}: %{x:.1f} times the loop<extra>" + label + "</extra>",
         )  # fmt: skip
-    fig.update_xaxes(type="log")
-    fig.update_yaxes(autorange="reversed", automargin=True)
+    fig.add_vline(x=1, line=dict(color="#888", width=1))
+    fig.update_layout(legend=dict(orientation="h", x=0, y=1, yanchor="bottom"))
+    fig.update_xaxes(type="log", dtick=1)
+    fig.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     caption = (
-        "Speed relative to the plain loop over time, on the same tensors in the same run, where the loop was timed."
+        "Speed relative to the plain loop over time, forward and backward, on the same tensors in the same run; one mark "
+        "for each shape at which the loop was timed."
     )
-    alt = (
-        "Horizontal bars, one group a kernel: how many times faster than the loop its parallel form and its peers run."
-    )
+    alt = "One row a kernel, on a logarithmic axis: how many times faster than the loop its parallel form and its peers run."
     return figure_html(as_json(fig, {"caption": caption, "alt": alt}))
 
 
