@@ -100,7 +100,8 @@ class Visit:
         self.context.close()
 
     def draw_all(self):
-        """Scroll through the page so that every figure is drawn, and return the figures."""
+        """Unfold solutions, scroll through the page so that every figure is drawn, and return the figures."""
+        self.page.evaluate("document.querySelectorAll('details').forEach(fold => (fold.open = true))")
         figures = self.page.locator(".seqarch-figure")
         for i in range(figures.count()):
             figures.nth(i).scroll_into_view_if_needed()

@@ -17,7 +17,7 @@ from ._packages import require
 
 __all__ = ["VOICES", "Speech", "espeak_words", "logmel"]
 
-VOICES = tuple(f"en+{v}" for v in ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "f1", "f2", "f3", "f4", "f5", "croak"))
+VOICES = ("en", "en-us", *(f"en+m{i}" for i in range(1, 8)), *(f"en+f{i}" for i in range(1, 5)))
 RATE, PITCH, RANGE = (120, 220), (20, 80), (30, 70)  # words a minute; height and liveliness of the voice, 0 to 100
 _SYNCHRONOUS, _RATE, _PITCH, _RANGE = 2, 1, 3, 4  # eSpeak's numbers for an output mode and three parameters
 _lock = threading.Lock()  # the library is not thread-safe
