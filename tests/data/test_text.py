@@ -8,7 +8,7 @@ import torch
 
 from seqarch.data import _packages
 from seqarch.data.digits import digits
-from seqarch.data.recall import first_symbol, mqar
+from seqarch.data.recall import first_symbol, general_recall, mqar, set_disjointness
 from seqarch.data.text import (
     KJV_SYMBOLS,
     Vocabulary,
@@ -109,6 +109,30 @@ def test_mqar_answers_are_in_the_prompt():
         assert len(table) == 4 and all(table[q] == a for q, a in zip(row[8:], target[8:], strict=True))
     with pytest.raises(ValueError, match="expected 1 <= queries <= pairs <= keys"):
         mqar(1, 20, 16, 10, torch.Generator())
+
+
+@pytest.mark.parametrize(("told", "asked"), [(1, 5), (16, 2), (2, 16)])
+def test_general_recall_asks_for_what_was_told(told, asked):
+    x, y = general_recall(30, told, asked, 16, 10, torch.Generator().manual_seed(0))
+    assert x.shape == y.shape == (30, 2 * told + 1 + asked) and (y[:, :-asked] == -100).all()
+    assert (x[:, 2 * told] == 26).all()
+    for row, target in zip(x.tolist(), y.tolist(), strict=True):
+        table = dict(zip(row[0 : 2 * told : 2], row[1 : 2 * told : 2], strict=True))
+        assert len(table) == told and all(table[q] == a for q, a in zip(row[-asked:], target[-asked:], strict=True))
+    with pytest.raises(ValueError, match="expected 1 <= told <= keys"):
+        general_recall(1, 17, 2, 16, 10, torch.Generator())
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (4, 30), (30, 4)])
+def test_two_sets_share_one_element(first, second):
+    x, common = set_disjointness(50, first, second, 60, torch.Generator().manual_seed(0))
+    assert x.shape == (50, first + second + 3)
+    for row, shared in zip(x.tolist(), common.tolist(), strict=True):
+        a, b = set(row[1 : first + 1]), set(row[first + 2 : -1])
+        assert len(a) == first and len(b) == second and a & b == {shared} and min(a | b) >= 4 and max(a | b) < 60
+        assert (row[0], row[first + 1], row[-1]) == (1, 2, 3)
+    with pytest.raises(ValueError, match="expected non-empty sets of together at most vocabulary - 4"):
+        set_disjointness(1, 30, 30, 60, torch.Generator())
 
 
 def test_digits_splits_do_not_overlap():

@@ -52,3 +52,62 @@ def mqar(
     y = torch.full_like(x, -100)
     y[:, 2 * pairs :] = v.gather(1, asked)
     return x, y
+
+
+def general_recall(
+    batch: int, told: int, asked: int, keys: int, values: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Recall in which as many pairs are told and as many are asked for as one likes: key value ... | key key ...
+
+    Args:
+        batch: sequences.
+        told: key-value pairs in front; keys are distinct.
+        asked: queries behind the separator, drawn with replacement from the keys that were told.
+        keys, values: sizes of the two alphabets; keys are 0..keys-1, values keys..keys+values-1, the separator is
+            keys+values.
+        generator: seeded source of randomness.
+
+    Returns:
+        x ``(batch, 2*told + 1 + asked)`` and the targets of the same shape: the value of the key at each query
+        position, and -100 (ignored) elsewhere.
+    """
+    if not 1 <= told <= keys or asked < 1 or values < 1:
+        raise ValueError(
+            f"expected 1 <= told <= keys, asked >= 1 and values >= 1, got told={told}, asked={asked}, keys={keys}, "
+            f"values={values}"
+        )
+    k = torch.rand(batch, keys, generator=generator).argsort(1)[:, :told]
+    v = torch.randint(keys, keys + values, (batch, told), generator=generator)
+    queries = torch.randint(told, (batch, asked), generator=generator)
+    separator = torch.full((batch, 1), keys + values)
+    x = torch.cat([torch.stack([k, v], dim=2).flatten(1), separator, k.gather(1, queries)], dim=1)
+    y = torch.full_like(x, -100)
+    y[:, -asked:] = v.gather(1, queries)
+    return x, y
+
+
+def set_disjointness(
+    batch: int, first: int, second: int, vocabulary: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Two sets with exactly one element in common: PREFIX, the first set, SEPARATOR, the second set, ANSWER.
+
+    Args:
+        batch: sequences.
+        first, second: sizes of the sets.
+        vocabulary: 0..3 are MASK, PREFIX, SEPARATOR and ANSWER, the elements are 4..vocabulary-1.
+        generator: seeded source of randomness.
+
+    Returns:
+        x ``(batch, first + second + 3)`` and the common element ``(batch,)``, to be named at the last position.
+    """
+    if first < 1 or second < 1 or first + second > vocabulary - 4:
+        raise ValueError(
+            f"expected non-empty sets of together at most vocabulary - 4 elements, got first={first}, second={second}, "
+            f"vocabulary={vocabulary}"
+        )
+    elements = 4 + torch.rand(batch, vocabulary - 4, generator=generator).argsort(1)[:, : first + second]
+    a, b = elements.split([first, second], dim=1)
+    common = a.gather(1, torch.randint(first, (batch, 1), generator=generator))
+    b = b.scatter(1, torch.randint(second, (batch, 1), generator=generator), common)
+    marks = [torch.full((batch, 1), mark) for mark in (1, 2, 3)]
+    return torch.cat([marks[0], a, marks[1], b, marks[2]], dim=1), common[:, 0]
