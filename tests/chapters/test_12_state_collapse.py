@@ -140,6 +140,29 @@ class TestRemedies:
         assert right == [1.0, 1.0] and max(loss) < 1e-6
 
 
+class TestCarrying:
+    def test_pieces_in_a_row_are_one_stream(self):
+        batches = chapter.carried(6, 4, 16, 3, 7, recent=4)
+        assert len(batches) == 6 and [bool(first) for *_, first in batches] == [True, False, False] * 2
+        whole = chapter.streams(2, 4, 48, 7, recent=4)
+        for i, (tokens, targets) in enumerate(whole):
+            assert torch.equal(torch.cat([b[0] for b in batches[3 * i : 3 * i + 3]], 1), tokens)
+            assert torch.equal(torch.cat([b[1] for b in batches[3 * i : 3 * i + 3]], 1), targets)
+
+    def test_the_state_is_carried_and_dropped_at_the_beginning(self):
+        torch.manual_seed(0)
+        model, states, losses = chapter.MambaModel(77, 16, 8, 8), None, []
+        batches = chapter.carried(6, 4, 32, 3, 7)
+        with torch.no_grad():
+            for batch in batches:
+                loss, states = chapter.carried_loss(model, batch, states)
+                losses.append(loss.item())
+            tokens = torch.cat([b[0] for b in batches[3:]], 1)
+            logits = model(tokens)[:, 32:64]
+            want = F.cross_entropy(logits.flatten(0, 1), batches[4][1].flatten(), ignore_index=-100)
+        assert losses[4] == pytest.approx(want.item(), rel=1e-4)
+
+
 def own_step_missing(dt, A):
     return (dt * A).cumsum(0).exp() / (dt * A).exp()
 
