@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seqarch.layers.hippo import MEASURES, hippo
+from seqarch.layers.hippo import MEASURES, hippo, nplr
 
 
 def test_entries_written_out():
@@ -54,3 +54,33 @@ def test_errors():
     for N in (0, 2.0):
         with pytest.raises(ValueError, match="expected N to be an integer of at least 1"):
             hippo("legs", N)
+
+
+@pytest.mark.parametrize("measure, rank, real", [("legs", 1, -0.5), ("legt", 2, 0.0), ("lagt", 1, 0.0)])
+@pytest.mark.parametrize("N", [1, 2, 7, 64])
+def test_normal_plus_low_rank_is_the_same_matrix(measure, rank, real, N):
+    A, B = hippo(measure, N)
+    lam, P, rotated, V = nplr(measure, N)
+    assert lam.shape == (N,) and P.shape == (rank, N) and rotated.shape == (N,) and V.shape == (N, N)
+    assert all(x.dtype == torch.complex128 for x in (lam, P, rotated, V))
+    eye = torch.eye(N, dtype=torch.complex128)
+    torch.testing.assert_close(V.mH @ V, eye, rtol=0, atol=1e-12)
+    back = V @ (torch.diag(lam) - torch.einsum("rn,rm->nm", P, P.conj())) @ V.mH
+    torch.testing.assert_close(back, A.to(back.dtype), rtol=0, atol=1e-10)
+    torch.testing.assert_close(V @ rotated, B.to(back.dtype), rtol=0, atol=1e-10)
+    torch.testing.assert_close(lam.real, torch.full((N,), real, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (lam.imag.diff() > 0).all() and (lam.imag + lam.imag.flip(0)).abs().max() < 1e-9
+    if N % 2 == 0:
+        assert (lam.imag[N // 2 :] > 0).all()
+
+
+def test_four_eigenvalues_of_legs_written_out():
+    want = torch.tensor([-4.6033, -0.5565, 0.5565, 4.6033], dtype=torch.float64)
+    torch.testing.assert_close(nplr("legs", 4)[0].imag, want, rtol=0, atol=5e-5)
+
+
+def test_nplr_errors():
+    with pytest.raises(ValueError, match="expected measure to be one of legs, legt, lagt, got 'lmu'"):
+        nplr("lmu", 4)
+    with pytest.raises(ValueError, match="expected N to be an integer of at least 1, got 0"):
+        nplr("legs", 0)
