@@ -209,3 +209,23 @@ def in_order_of_numbers(graph, S, T, M, D):
 )
 def test_checks_refuse_plausible_mistakes(check, answer):
     assert getattr(chapter, check).verdict(answer).startswith("not yet")
+
+
+def test_patches_are_pieces_of_the_picture():
+    images = torch.randn(2, 12, 18)
+    cells = chapter.patches(images, 6)
+    assert cells.shape == (2, 2, 3, 36)
+    for x in range(2):
+        for y in range(3):
+            piece = images[:, 6 * x : 6 * x + 6, 6 * y : 6 * y + 6]
+            assert torch.equal(cells[:, x, y], piece.flatten(1))
+
+
+@pytest.mark.parametrize("design", [dict(modes="PP"), dict(modes="DD"), dict(positions=True), dict(start=-4.0)])
+def test_the_designs_of_the_ablation_are_what_they_say(design):
+    torch.manual_seed(0)
+    model = chapter.Vision("pLSTM", 8, 2, pairs=2, inputs=3, grid=4, **design)
+    assert "".join(m.mode for m in model.mixers) == 2 * design.get("modes", "PD")
+    assert (model.positions is not None) == design.get("positions", False)
+    assert all((m.own == design.get("start", -1.0)).all() for m in model.mixers)
+    assert model(torch.randn(2, 6, 5, 3)).shape == (2, 2)  # a larger grid than that of the positions
