@@ -64,5 +64,14 @@ def test_passkey_is_one_fact_fillers_and_the_question():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         fact_stream(2, 10, generator(), **options)
-    with pytest.raises(ValueError, match="length >= 0"):
+    with pytest.raises(ValueError, match="length and before >= 0"):
         passkey_stream(2, -1, generator())
+
+
+def test_fillers_before_the_passkey_move_it_back_and_change_nothing_else():
+    plain, answer = passkey_stream(5, 9, generator())
+    moved, same = passkey_stream(5, 9, generator(), before=7)
+    assert torch.equal(moved[:, 7:], plain) and torch.equal(same, answer)
+    assert moved.shape == (5, 20) and (moved[:, :7] >= vocabulary_size() - 4).all()
+    with pytest.raises(ValueError, match="length and before >= 0, got"):
+        passkey_stream(5, 9, generator(), before=-1)

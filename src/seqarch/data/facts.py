@@ -119,22 +119,28 @@ def passkey_stream(
     length: int,
     generator: torch.Generator,
     *,
+    before: int = 0,
     keys: int = 64,
     values: int = 8,
     fillers: int = 4,
 ) -> tuple[Tensor, Tensor]:
-    """One fact, `length` random fillers, and the question: tokens ``(batch, length + 4)`` and the answers ``(batch,)``.
+    """`before` random fillers, one fact, `length` more fillers, and the question.
 
-    The answer is to be predicted at the last token, the queried key.
+    Returns:
+        tokens ``(batch, before + length + 4)`` and the answers ``(batch,)``, to be predicted at the last token, the
+        queried key.
 
     Raises:
         ValueError: sizes out of range.
     """
-    if batch < 1 or length < 0 or min(keys, values, fillers) < 1:
+    if batch < 1 or min(length, before) < 0 or min(keys, values, fillers) < 1:
         raise ValueError(
-            f"expected batch, keys, values and fillers >= 1 and length >= 0, got {batch}, {keys}, {values}, {fillers}, {length}"
+            "expected batch, keys, values and fillers >= 1, length and before >= 0, got "
+            f"{batch}, {keys}, {values}, {fillers}, {length} and {before}"
         )
     key = torch.randint(1, 1 + keys, (batch, 1), generator=generator)
     value = torch.randint(1 + keys, 1 + keys + values, (batch, 1), generator=generator)
-    noise = torch.randint(fillers, (batch, length), generator=generator) + 1 + keys + values
-    return torch.cat([key, value, noise, torch.full_like(key, QUERY), key], dim=1), value[:, 0]
+    after, ahead = (
+        torch.randint(fillers, (batch, n), generator=generator) + 1 + keys + values for n in (length, before)
+    )
+    return torch.cat([ahead, key, value, after, torch.full_like(key, QUERY), key], dim=1), value[:, 0]
