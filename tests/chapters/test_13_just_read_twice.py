@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from seqarch.data.recall import table_documents
 from seqarch.kernels import linear_attention
 from tests.notebooks import load_definitions
 
@@ -149,6 +150,137 @@ class TestTraining:
         once = chapter.prompts("long first", 4, torch.Generator().manual_seed(0))
         n = once[0].shape[1]
         assert torch.equal(x, once[0].repeat(1, p)) and torch.equal(y[:, -n:], once[1]) and (y[:, :-n] == -100).all()
+
+
+class Answering(torch.nn.Module):
+    """Knows the answer: finds the last earlier place of the present token and names what stood behind it."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.nothing = V, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, M=0):
+        logits = torch.zeros(*tokens.shape, self.V)
+        for b, row in enumerate(tokens.tolist()):
+            for i, token in enumerate(row):
+                earlier = [j for j in range(0, min(i, M - 1), 2) if row[j] == token]
+                if earlier:
+                    logits[b, i, row[earlier[-1] + 1]] = 1.0
+        return logits
+
+
+class TestSets:
+    def test_batches_take_the_sizes_in_turn(self):
+        batches = chapter.set_batches(((2, 5), (5, 2), (3, 3)), 8, 4, 30, torch.Generator().manual_seed(0))
+        assert len(batches) == 6 and all(x.shape[0] == len(y) == 4 for x, y in batches)
+        for i, (x, common) in enumerate(batches):
+            first = ((2, 5), (5, 2), (3, 3))[i % 3][0]
+            assert (x[:, first + 1] == 2).all()
+            a, b = x[:, 1 : first + 1], x[:, first + 2 : -1]
+            assert ((a == common[:, None]).sum(1) == 1).all() and ((b == common[:, None]).sum(1) == 1).all()
+
+    @pytest.mark.parametrize(("p", "prefix"), [(1, False), (2, False), (1, True)])
+    def test_the_last_token_of_the_last_reading_answers(self, p, prefix):
+        torch.manual_seed(0)
+        model = chapter.Based(30, ["conv", "prefix"], 8, 2, 3, mlp=False)
+        x = torch.randint(30, (3, 11))
+        want = model(torch.cat([x] * p, 1), 11 if prefix else 0)[:, -1]
+        torch.testing.assert_close(chapter.name_common(model, x, p, prefix), want)
+        assert 0 <= chapter.share_named(model, (2, 4), 40, 30, 1, p, prefix) <= 1
+
+    def test_orders_are_told_apart(self):
+        found = {(4, 64): 1.0, (64, 4): 0.5, (16, 64): 0.8, (64, 16): 0.1}
+        assert chapter.by_order(found, tuple(found)) == (pytest.approx(0.9), pytest.approx(0.3))
+
+    def test_the_size_of_a_state(self):
+        layer = chapter.LinearAttention(12, 3, 5)
+        _, state = layer(torch.randn(1, 7, 12))
+        assert state[0].numel() == chapter.state_size(5, 12, 3)
+
+    def test_a_single_rate_is_not_tried(self):
+        assert chapter.best_rate((0.1,), lambda lr: 1 / 0) == 0.1
+        assert chapter.best_rate((0.1, 0.2, 0.3), lambda lr: -abs(lr - 0.2)) == 0.2
+
+
+class TestDocuments:
+    @pytest.mark.parametrize("p", [1, 2])
+    def test_pages_hold_the_document_and_the_answer(self, p):
+        documents = table_documents(6, torch.Generator().manual_seed(0), rows=3, source="movies")
+        x, real, asked = chapter.pages(documents, p)
+        for row, is_real, is_asked, d in zip(x, real, asked, documents, strict=True):
+            read = lambda mask: "".join(chapter.SYMBOLS[i] for i in row[mask])  # noqa: B023, E731
+            assert read(is_asked) == d.answer + "\n"
+            assert read(is_real) == "\n".join(p * [d.text + d.question]) + d.answer + "\n"
+            assert (row[~is_real] == 0).all()
+
+    def test_the_padding_carries_no_loss(self):
+        torch.manual_seed(0)
+        model = chapter.Based(len(chapter.SYMBOLS), ["linear"], 8, 2, 2)
+        x, real, asked = chapter.pages(table_documents(4, torch.Generator().manual_seed(1)), 1)
+        other = torch.where(real, x, 5)
+        assert (~real).any() and chapter.page_loss(model, (x, real, asked)).item() == pytest.approx(
+            chapter.page_loss(model, (other, real, asked)).item()
+        )
+
+    def test_an_answer_counts_only_if_it_is_whole(self):
+        documents = table_documents(5, torch.Generator().manual_seed(2))
+        x, _, asked = chapter.pages(documents, 2)
+
+        class Reciting(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.nothing, self.wrong = torch.nn.Parameter(torch.zeros(1)), 0
+
+            def forward(self, seen):
+                following = x[:, 1:].clone()
+                for b in range(self.wrong):  # the last character of so many answers
+                    following[b, asked[b, 1:].nonzero()[-1]] = 3
+                return F.one_hot(following, len(chapter.SYMBOLS)).float()
+
+        model = Reciting()
+        assert chapter.share_answered(model, documents, 2) == 1
+        model.wrong = 2
+        assert chapter.share_answered(model, documents, 2) == pytest.approx(0.6)
+
+
+class TestRecipe:
+    def test_a_shared_encoder_is_one_with_equal_weights(self):
+        torch.manual_seed(0)
+        shared, own = chapter.SharedPrefix(8, 2, 3), chapter.LinearAttention(8, 2, 3, prefix=True)
+        own.load_state_dict(shared.state_dict() | {
+            "prefix_key.weight": shared.key.weight, "prefix_value.weight": shared.value.weight})  # fmt: skip
+        x = torch.randn(2, 12, 8)
+        torch.testing.assert_close(shared(x, M=7)[0], own(x, M=7)[0])
+        count = lambda layer: sum(p.numel() for p in layer.parameters())  # noqa: E731
+        assert count(shared) == count(chapter.LinearAttention(8, 2, 3))
+
+    @pytest.mark.parametrize("n", [0, 1, 9])
+    def test_left_padding_is_tokens_with_zero_keys_and_values(self, n):
+        torch.manual_seed(0)
+        layer = chapter.LeftPadded(8, 2, 3, prefix=True).double()
+        x, layer.padding = torch.randn(2, 12, 8, dtype=torch.float64), n
+        q, k, v, ke, ve = (layer.split(f(x)) for f in (layer.query, layer.key, layer.value, layer.prefix_key,
+                                                       layer.prefix_value))  # fmt: skip
+        filled = lambda t: F.pad(t, (0, 0, n, 0))  # noqa: E731
+        M = 7
+        start = chapter.linear_attention_state(
+            filled(ke[:, :, :M]), filled(ve[:, :, :M]), features="taylor", normalize=True
+        )
+        y, _ = linear_attention(filled(q), filled(k), filled(v), start, features="taylor", normalize=True)
+        want = layer.leave(y[:, :, n:].transpose(1, 2).flatten(2))
+        torch.testing.assert_close(layer(x, M=M)[0], want)
+        plain = chapter.LinearAttention(8, 2, 3, prefix=True).double()
+        plain.load_state_dict(layer.state_dict())
+        assert torch.allclose(plain(x, M=M)[0], layer(x, M=M)[0]) == (n == 0)
+
+    def test_dialogues(self):
+        x, y = torch.tensor([[5, 50, 6, 60, 99, 6, 5, 6]]), torch.tensor([[-100] * 5 + [60, 50, 60]])
+        assert chapter.dialogue(x, y, 5).tolist() == [[5, 50, 6, 60, 99, 6, 60, 5, 50, 6, 60]]
+
+    @pytest.mark.parametrize("fill", [1, 4])
+    def test_replies_are_scored_where_queries_stand(self, fill):
+        model = Answering(chapter.KEYS + chapter.VALUES + 2)
+        assert chapter.share_replied(model, 4, 3, 10, 5, fill) == 1
 
 
 def keeps_a(a, b, memory):

