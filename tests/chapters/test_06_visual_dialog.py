@@ -12,13 +12,33 @@ from seqarch.data.retrieval import retrieval_metrics
 from tests.notebooks import load_definitions
 
 chapter = load_definitions("06-visual-dialog")
+REGION = 5  # numbers that describe a region of a picture
+
+
+def looking(blind, sources, hops):
+    """What makes a blind encoder and hops of attention over regions after it."""
+
+    def make(ids, words, image, sources_, **options):
+        return chapter.Looking(blind(ids, words, image, sources, **options), REGION, hops)
+
+    return make
+
+
+def coattention(ids, words, image, sources, **options):
+    return chapter.HieCoAtt(ids, words, REGION, "QI", **options)
+
+
 KINDS = {
     "LF": (chapter.LateFusion, {}),
     "HRE": (chapter.HRE, {}),
     "HREA": (chapter.HRE, {"attend": True}),
     "MN": (chapter.MemoryNetwork, {}),
+    "LF-att": (looking(chapter.LateFusion, "QH", 1), {}),
+    "MN-att": (looking(chapter.MemoryNetwork, "QH", 1), {}),
 }
-every_encoder = pytest.mark.parametrize("kind", KINDS)
+every_encoder = pytest.mark.parametrize("kind", list(KINDS))
+KINDS |= {"SAN": (looking(chapter.LateFusion, "Q", 2), {}), "HieCoAtt": (coattention, {})}  # without history
+every_machine = pytest.mark.parametrize("kind", KINDS)
 every_depth = pytest.mark.parametrize("layers", [1, 2])
 
 
@@ -46,9 +66,9 @@ class World:
             "answer": chapter.Texts((a for d in self.dialogs for row in d.answers for a in row), self.words),
         }
         self.batches = [chapter.dialog_tensors(d, self.texts, self.words) for d in self.dialogs]
-        image, U = torch.randn(6, 9), len(self.texts["answer"].list)
+        image, regions, U = torch.randn(6, 9), torch.randn(6, 4, REGION), len(self.texts["answer"].list)
         for b in self.batches:
-            b["image"] = image
+            b["image"], b["regions"] = image, regions
             b["candidates"] = torch.rand(6, 10, U).argsort(-1)[..., :7]
 
     def encoder(self, kind, sources="QIH", **options):
@@ -61,6 +81,15 @@ class World:
 def vectors(encoder, batch):
     with torch.no_grad():
         return encoder(batch)[0]
+
+
+def reading(encoder):
+    """The part of an encoder that reads: of one that looks, the blind one."""
+    return getattr(encoder, "blind", encoder)
+
+
+def in_double(batch):
+    return batch | {name: batch[name].double() for name in ("image", "regions")}
 
 
 def rows(batch, chosen):
@@ -80,7 +109,7 @@ def test_nothing_leaks_from_the_answer_or_from_later_rounds(kind, layers, t):
         changed.questions[i][t + 1 :] = ["is there a nine ?"] * (9 - t)
     world = World(changed)
     encoder = world.encoder(kind, layers=layers).double()
-    e, other = (vectors(encoder, b | {"image": b["image"].double()}) for b in world.batches)
+    e, other = (vectors(encoder, in_double(b)) for b in world.batches)
     # other texts in the same products may change the order of a sum: exact up to the rounding of float64
     torch.testing.assert_close(e[:, : t + 1], other[:, : t + 1], rtol=0, atol=1e-13)
     assert (e - other)[:, t + 1 :].abs().amax(-1).min() > 1e-4
@@ -92,7 +121,7 @@ def test_no_gradient_from_later_facts(kind):
     encoder = world.encoder(kind)
     facts = rows(world.batches[0], slice(0, 1))
     e = encoder(facts)[0]
-    (gradient,) = torch.autograd.grad(e[0, 0].sum(), encoder.embed.weight)
+    (gradient,) = torch.autograd.grad(e[0, 0].sum(), reading(encoder).embed.weight)
     known = set(world.texts["question"].ids[facts["question"][0, 0]].tolist())
     known |= set(world.texts["fact"].ids[facts["fact"][0, 0]].tolist()) | {chapter.END}
     assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) <= known
@@ -104,7 +133,7 @@ def test_the_caption_reaches_every_round(kind):
     changed.captions[:] = ["a blue nine and a thin eight with two other digits"] * 6
     world = World(changed)
     encoder = world.encoder(kind).double()
-    e, other = (vectors(encoder, b | {"image": b["image"].double()}) for b in world.batches)
+    e, other = (vectors(encoder, in_double(b)) for b in world.batches)
     assert (e - other).abs().amax(-1).min() > 0
 
 
@@ -115,6 +144,9 @@ def test_the_caption_reaches_every_round(kind):
         ("LF", "QI", ("string", "fact")),
         ("LF", "QH", ("image",)),
         ("MN", "QH", ("image",)),
+        ("LF-att", "QH", ("image",)),
+        ("SAN", "QI", ("image", "string", "fact")),
+        ("HieCoAtt", "QI", ("image", "string", "fact")),
     ],
 )
 def test_an_ablation_does_not_see_what_it_must_not(kind, sources, columns):
@@ -176,7 +208,7 @@ def test_memory_network_round_by_round():
             torch.testing.assert_close(encoder(b)[0][:, t], encoder.answer_vector(m, q[:, t]), rtol=0, atol=1e-6)
 
 
-@every_encoder
+@every_machine
 @every_depth
 def test_the_company_in_a_batch_does_not_matter(kind, layers):
     world = World()
@@ -188,13 +220,13 @@ def test_the_company_in_a_batch_does_not_matter(kind, layers):
     torch.testing.assert_close(vectors(encoder, rows(b, many)), together[many], rtol=0, atol=1e-5)
 
 
-@every_encoder
+@every_machine
 def test_left_padding_does_not_matter(kind):
     world = World()
     encoder, b = world.encoder(kind), world.batches[0]
     before = vectors(encoder, b)
     for name in ("question", "fact"):
-        setattr(encoder, name, F.pad(getattr(encoder, name), (5, 0)))
+        setattr(reading(encoder), name, F.pad(getattr(reading(encoder), name), (5, 0)))
     padded = b | dict(string=F.pad(b["string"], (4, 0)), ends=b["ends"] + 4)
     torch.testing.assert_close(vectors(encoder, padded), before, rtol=0, atol=1e-6)
 
@@ -232,6 +264,108 @@ def test_a_logit_of_zero_is_not_masked_and_the_memory_can_be_short():
     assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
 
 
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["LF-att", "MN-att", "SAN"])
+def test_hops_region_by_region(kind):
+    world = World()
+    encoder, b = world.encoder(kind), world.batches[0]
+    with torch.no_grad():
+        e, v = encoder(b)[0], torch.tanh(encoder.W_r(b["regions"]))
+        for i in range(6):
+            for t in (0, 9):
+                u = encoder.blind(b)[0][i, t]
+                for hop in encoder.hops:
+                    g = torch.stack([torch.tanh(hop.W_v.weight @ x + hop.W_u(u)) for x in v[i]])
+                    p = (g @ hop.w.weight[0]).softmax(0)
+                    u = u + p @ v[i]
+                torch.testing.assert_close(encoder.p[i, t], p, rtol=0, atol=1e-6)
+                torch.testing.assert_close(e[i, t], torch.tanh(encoder.W_e(u)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LF-att", "MN-att", "SAN", "HieCoAtt"])
+def test_regions_are_a_set_and_the_right_picture_is_looked_at(kind):
+    world = World()
+    encoder, b = world.encoder(kind), world.batches[0]
+    e, order = vectors(encoder, b), torch.randperm(4)
+    torch.testing.assert_close(vectors(encoder, b | {"regions": b["regions"][:, order]}), e, rtol=0, atol=1e-5)
+    other = b["regions"].clone()
+    other[2, 3] += 1
+    changed = (vectors(encoder, b | {"regions": other}) - e).abs().amax((1, 2))
+    assert changed[2] > 1e-4 and torch.equal(changed.nonzero()[:, 0], torch.tensor([2]))
+
+
+def test_where_one_looks_depends_on_the_question_and_what_is_known():
+    world = World()
+    b = world.batches[0]
+    for kind, history in (("LF-att", True), ("MN-att", True), ("SAN", False)):
+        encoder = world.encoder(kind)
+        vectors(encoder, b)
+        before = encoder.p
+        torch.testing.assert_close(before.sum(-1), torch.ones(6, 10))
+        vectors(encoder, b | {"question": b["question"].flip(0)})
+        assert not torch.allclose(before, encoder.p, rtol=0, atol=1e-5)
+        vectors(encoder, b | {name: b[name].flip(0) for name in ("fact", "string", "ends")})
+        assert torch.allclose(before, encoder.p, rtol=0, atol=1e-6) != history
+
+
+def test_coattention_word_by_word():
+    torch.manual_seed(0)
+    level = chapter.CoAttention(6).double()
+    Q, V = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
+    real = torch.tensor([[False, True, True, True], [False, False, False, True]])
+    for n in range(2):
+        q, v = Q[n][real[n]], V[n]
+        A = torch.tanh(torch.einsum("th,hk,mk->tm", q, level.W_b.weight.T, v))
+        to_v = torch.einsum("tm,th,hk->mk", A, q, level.W_q.weight.T)
+        to_q = torch.einsum("tm,mh,hk->tk", A, v, level.W_v.weight.T)
+        a_v = (torch.tanh(v @ level.W_v.weight.T + to_v) @ level.w_v.weight[0]).softmax(0)
+        a_q = (torch.tanh(q @ level.W_q.weight.T + to_q) @ level.w_q.weight[0]).softmax(0)
+        torch.testing.assert_close(level(Q, V, real)[n], a_v @ v + a_q @ q)
+
+
+def test_phrases_are_the_strongest_of_three_windows():
+    world = World()
+    encoder = world.encoder("HieCoAtt")
+    ids = encoder.question[:5]
+    with torch.no_grad():
+        (word, phrase, sentence), real = encoder.views(ids)
+        for n in range(5):
+            w = word[n][real[n]]
+            for t in range(len(w)):
+                windows = []
+                for s, conv in enumerate(encoder.phrases, 1):
+                    rows_ = F.pad(w[t : t + s], (0, 0, 0, s - len(w[t : t + s])))
+                    windows.append(torch.tanh(torch.einsum("hks,sk->h", conv.weight, rows_) + conv.bias))
+                torch.testing.assert_close(phrase[n][real[n]][t], torch.stack(windows).amax(0), rtol=0, atol=1e-6)
+        for view in (word, phrase, sentence):
+            assert (view[~real] == 0).all()
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_regions_come_row_by_row_with_their_places(grid):
+    torch.manual_seed(0)
+    eye, side = chapter.Eye().eval(), 2 * grid
+    blank, marked = torch.zeros(1, 3, 8 * grid, 8 * grid), torch.zeros(grid * grid, 3, 8 * grid, 8 * grid)
+    for cell in range(grid * grid):
+        row, column = divmod(cell, grid)
+        marked[cell, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = torch.rand(3, 8, 8)
+    v, nothing = chapter.region_features(eye, marked), chapter.region_features(eye, blank)
+    assert v.shape == (grid * grid, side * side, 32)
+    different = (v != nothing).any(-1).view(grid * grid, side, side)
+    for cell in range(grid * grid):
+        row, column = divmod(cell, grid)
+        want = torch.zeros(side, side, dtype=torch.bool)
+        want[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = True
+        assert torch.equal(different[cell], want)
+    placed = chapter.with_places(v, side)
+    assert torch.equal(placed[..., :32], v)
+    x, y = placed[0, :, 32:].view(side, side, 2).unbind(-1)
+    assert (x.diff(dim=1) > 0).all() and (x.diff(dim=0) == 0).all() and x.min() == -2 and x.max() == 2
+    assert torch.equal(y, x.T)
+
+
 def test_right_align_cuts_and_counts():
     assert chapter.right_align([[5, 6], [7]]).tolist() == [[5, 6], [0, 7]]
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than 2 words and were cut"):
@@ -243,7 +377,7 @@ def test_right_align_cuts_and_counts():
 # --- decoders -------------------------------------------------------------------------------------------------------
 
 
-@every_encoder
+@every_machine
 def test_reading_options_once_is_reading_them_all(kind):
     world = World()
     model, b = chapter.Discriminative(world.encoder(kind), 8, 12).eval(), world.batches[0]
