@@ -56,6 +56,30 @@ def test_growing_keeps_the_first_taps():
         torch.testing.assert_close(kernel(7), before[..., :7], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0, 3.0])
+def test_rescaled_steps_keep_the_system(factor):
+    torch.manual_seed(0)
+    kernel = chapter.S4Kernel(3, 8, 40, dt=(0.01, 0.1)).double()
+    with torch.no_grad():
+        lam, B, C, dt = kernel.parts()
+        P, before = torch.view_as_complex(kernel.P), kernel.C.clone()
+        true = chapter.change_read_out(lam, P, C, dt, 40, chapter.recovered)
+        kernel.rescale(factor)
+        torch.testing.assert_close(kernel(40), chapter.by_the_loop(lam, P, B, true, factor * dt, 40), rtol=0, atol=1e-6)
+        kernel.rescale(1 / factor)
+        torch.testing.assert_close(kernel.C, before, rtol=0, atol=1e-6)
+
+
+def test_a_diagonal_filter_is_the_same_curve_at_every_rate():
+    torch.manual_seed(0)
+    kernel = chapter.S4DKernel(3, 8, (1e-4, 1e-3)).double()
+    with torch.no_grad():
+        fine = kernel(200)
+        kernel.rescale(2)
+        # steps this short sample a smooth curve: twice the step, every second value, twice the area
+        torch.testing.assert_close(kernel(100) / 2, fine.unflatten(-1, (100, 2)).mean(-1), rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["S4", "S4D-Lin", "S4D-LegS", "S4D-Inv", "random"])
 def test_a_model_walks_as_it_convolves(kind):
     torch.manual_seed(0)
