@@ -168,6 +168,25 @@ def test_ngram_model_is_a_distribution_and_beats_its_lower_order_on_its_own_text
     assert chapter.ngram_bits(text[:5], text[:400], 3) < math.log2(33) * 3  # contexts never seen fall back
 
 
+def test_bits_with_context_find_the_window_of_a_model_that_sees_two_symbols():
+    class SeesTwo(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(5, 5, 5, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x):
+            return self.table[x.roll(1, 1), x], None
+
+    text, model = torch.randint(5, (600,), generator=torch.Generator().manual_seed(1)), SeesTwo()
+    bits = {k: chapter.bits_with_context(model, text, k, longest=8, stride=8) for k in (1, 2, 4, 8)}
+    assert all(len(b) == 75 - 1 for b in bits.values())
+    torch.testing.assert_close(bits[2], bits[4])
+    torch.testing.assert_close(bits[2], bits[8])
+    assert not torch.allclose(bits[1], bits[2])
+    log_p = model.table[text[6:-2:8], text[7:-1:8]].log_softmax(-1)
+    torch.testing.assert_close(bits[2], -log_p.gather(1, text[8::8, None])[:, 0].detach() / math.log(2))
+
+
 @given(a=st.text("abc", max_size=6), b=st.text("abc", max_size=6))
 def test_edit_distance(a, b):
     d = chapter.edit_distance(a, b)
