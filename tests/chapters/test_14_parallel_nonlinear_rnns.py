@@ -34,6 +34,21 @@ class TestScan:
         assert torch.equal(chapter.scan_by_doubling(J, r), chapter.scan_by_doubling(other, r))
 
 
+class TestJacobians:
+    def test_products_with_ones_are_the_jacobians_by_hand(self):
+        w, h, s = (torch.randn(2, 7, *shape, dtype=torch.float64) for shape in ((3, 4), (4,), (4, 2)))
+        a, p = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+        got = chapter.diagonal_jacobian(lambda h: chapter.gru_cell(w, a, h), h)
+        torch.testing.assert_close(got, chapter.gru_step(w, a, h)[1], rtol=0, atol=1e-12)
+        got = chapter.block_jacobian(lambda s: chapter.lstm_cell(w, p, s), s)
+        torch.testing.assert_close(got, chapter.lstm_step(w, p, s)[1], rtol=0, atol=1e-12)
+
+    def test_channels_that_mix_are_summed(self):
+        matrix = torch.randn(4, 4, dtype=torch.float64)
+        got = chapter.diagonal_jacobian(lambda h: h @ matrix.mT, torch.zeros(3, 4, dtype=torch.float64))
+        torch.testing.assert_close(got, matrix.sum(0).expand(3, 4))
+
+
 class TestSolver:
     @both_cells
     @pytest.mark.parametrize("L", [1, 2, 3, 17, 64, 100, 257])

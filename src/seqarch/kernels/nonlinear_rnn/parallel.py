@@ -11,7 +11,7 @@ and cells that contract need only two or three steps for all of them.
 
 Three choices make it dependable:
 
-* *tiles*: the sequence is solved tile by tile, each from the exact last state of the one before. Errors cannot travel
+* *tiles*: the sequence is solved tile by tile, each from the last iterate of the one before. Errors cannot travel
   far, and what a tile needs stays in the cache;
 * *projection*: a true state is a weighted mean of the state before and a tanh, so it cannot leave $[-m, m]$ with
   $m = \max(1, |h_0|)$. Every iterate is put back there. A correction that overflowed to NaN is dropped;
