@@ -16,9 +16,8 @@ MOST_BENT = 0.075  # radians per point
 
 def _curves(n: int, size: int, generator: torch.Generator) -> Tensor:
     """Smooth curves that stay inside the image, (m, STEPS, 2) with m at most n."""
-    bend = 0.04 * torch.randn(n, 1, generator=generator) + (0.015 * torch.randn(n, STEPS, generator=generator)).cumsum(
-        1
-    )
+    lean = 0.04 * torch.randn(n, 1, generator=generator)
+    bend = lean + (0.015 * torch.randn(n, STEPS, generator=generator)).cumsum(1)
     angle = 2 * torch.pi * torch.rand(n, 1, generator=generator) + bend.clamp(-MOST_BENT, MOST_BENT).cumsum(1)
     points = size * torch.rand(n, 1, 2, generator=generator) + torch.stack([angle.cos(), angle.sin()], -1).cumsum(1) / 2
     inside = ((points > MARGIN) & (points < size - MARGIN)).all(-1).all(-1)
@@ -41,7 +40,7 @@ def _pairs(n: int, size: int, generator: torch.Generator) -> Tensor:
     """Pairs of curves that keep apart, with ends about equally far apart on one and on both, (n, 2, STEPS, 2)."""
     found, missing = [], n
     while missing > 0:
-        curves = _curves(40 * missing + 200, size, generator)
+        curves = _curves(40 * min(missing, 500) + 200, size, generator)  # some at a time, to bound the memory
         pairs = curves[: len(curves) // 2 * 2].unflatten(0, (-1, 2))
         keep = torch.cdist(pairs[:, 0], pairs[:, 1]).amin((1, 2)) > APART
         same, different = _ends(pairs)
